@@ -1,0 +1,76 @@
+"""The module that takes the place of ``nn.Linear``.
+
+Its life has two halves. Before loading it holds empty tensors named and typed as the checkpoint stores them, so that any
+loader that fills a state dict can fill it. :meth:`QuantLinear.finish` then turns them into a kernel's weight, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from quant.base import BadCheckpoint, LinearKernel, LinearShape, QuantMethod, QuantWeight, Scheme, TensorSpec
+
+
+class QuantLinear(nn.Module):
+    """``y [.., out] = x [.., in] @ W.T + bias`` with a quantized ``W``; ``y`` has the dtype of ``x``."""
+
+    def __init__(
+        self,
+        name: str,
+        shape: LinearShape,
+        scheme: Scheme,
+        kernel: LinearKernel,
+        tensors: Mapping[str, TensorSpec],
+        dtype: torch.dtype,
+    ):
+        super().__init__()
+        self.name = name
+        self.shape = shape
+        self.scheme = scheme
+        self.kernel = kernel
+        self.in_features = shape.in_features
+        self.out_features = shape.out_features
+        self._stored = tuple(tensors)
+        for local, spec in tensors.items():
+            self.register_buffer(local, torch.empty(spec.shape, dtype=spec.dtype))
+        bias = nn.Parameter(torch.empty(shape.out_features, dtype=dtype), requires_grad=False) if shape.bias else None
+        self.register_parameter("bias", bias)
+        self.quant_weight: QuantWeight | None = None
+
+    def finish(self, method: QuantMethod) -> None:
+        """Repack the loaded tensors for the kernel and free them. Raises :class:`BadCheckpoint` on values that cannot be."""
+        tensors = {local: getattr(self, local) for local in self._stored}
+        for local, tensor in tensors.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+                broken = int((~torch.isfinite(tensor.float())).sum())
+                raise BadCheckpoint(
+                    f"{self.name}.{local}: {broken} of {tensor.numel()} values are NaN or infinite. The file is damaged."
+                )
+        weight = method.repack(tensors, self.scheme, self.shape)
+        for local in self._stored:
+            delattr(self, local)
+        self._stored = ()
+        self.quant_weight = self.kernel.prepare(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.quant_weight is not None, f"{self.name} was not finished after loading"
+        return self.kernel.apply(x, self.quant_weight, self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        # Moves follow the module; a change of dtype must not touch codes or scales.
+        super()._apply(fn, recurse)
+        if self.quant_weight is not None:
+            self.quant_weight = self.quant_weight.map(lambda tensor: tensor.to(fn(tensor).device))
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.shape}, {self.scheme}, kernel={self.kernel.name}, bias={self.shape.bias}"
+
+
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` where ``name`` is in the tree."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

@@ -1,0 +1,1 @@
+"""One file per checkpoint format; :mod:`quant.registry` finds them by name."""

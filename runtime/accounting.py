@@ -1,0 +1,147 @@
+"""Every stored tensor has an owner and every parameter a source, or loading is refused.
+
+Names on disk are not always names in the tree: Transformers renames some and merges others on load. The same rules are
+applied to the headers here, before any weight is read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from quant.base import TensorSpec
+from runtime.checkpoint import Checkpoint
+from runtime.errors import LoadError
+
+DENSE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+IGNORED_TENSORS = {
+    r"\.rotary_emb\.inv_freq$": "computed from the configuration",
+    r"\.masked_bias$|\.attn\.bias$|\.attention\.bias$": "a causal mask that old checkpoints store",
+}
+"""Stored tensors that no model needs, with the reason."""
+
+
+@dataclass(frozen=True)
+class Headers:
+    """``tensors``: what is stored, under the names of the model's tree. ``merged``: stored names that Transformers stacks
+    into one parameter (each expert's matrix, say) -> the name of that parameter."""
+
+    tensors: Mapping[str, TensorSpec]
+    merged: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Account:
+    """``ignored``: stored but not needed -> why. ``unclaimed``: stored, without owner. ``missing``: without source."""
+
+    ignored: Mapping[str, str]
+    unclaimed: tuple[str, ...]
+    missing: tuple[str, ...]
+
+
+def rename_headers(checkpoint: Checkpoint, model: nn.Module) -> Headers:
+    """The stored tensors under the names that they will have in ``model`` (on the meta device, nothing swapped yet)."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    prefix, state = str(model.base_model_prefix), model.state_dict()
+    modules = {name for name, _ in model.named_modules()}
+    tensors: dict[str, TensorSpec] = {}
+    merged: dict[str, str] = {}
+    for stored, spec in checkpoint.tensors.items():
+        name, converted = rename_source_key(stored, renamings, converters, prefix, state)
+        if converted is not None:
+            merged[stored] = name
+            continue
+        # Transformers adds or strips the base prefix only for names of the state dict, where qweight and the like are not.
+        module, _, local = name.rpartition(".")
+        for candidate in (module, f"{prefix}.{module}", module.removeprefix(f"{prefix}.")):
+            if candidate in modules:
+                name = f"{candidate}.{local}" if candidate else local
+                break
+        tensors[name] = spec
+    return Headers(tensors, merged)
+
+
+def balance(
+    checkpoint: Checkpoint, model: nn.Module, headers: Headers, quantized: Mapping[str, Collection[str]]
+) -> Account:
+    """Match headers and tree. ``quantized`` maps each quantized layer to the local names of its stored tensors.
+
+    Raises :class:`LoadError` if a dense tensor has another shape than its parameter, or is stored as quantized codes.
+    """
+    state = model.state_dict()
+    replaced = {f"{layer}.weight" for layer in quantized}
+    claimed: set[str] = set()
+    ignored: dict[str, str] = {}
+    unclaimed: list[str] = []
+    for name, spec in headers.tensors.items():
+        layer, _, local = name.rpartition(".")
+        if local in quantized.get(layer, ()):
+            claimed.add(name)
+        elif name in state and name not in replaced:
+            _check_dense(name, spec, state[name])
+            claimed.add(name)
+        elif reason := _ignorable(name, model):
+            ignored[name] = reason
+        else:
+            unclaimed.append(name)
+    for stored, target in headers.merged.items():
+        if target in state:
+            _check_codes(stored, checkpoint.tensors[stored], state[target])
+            claimed.add(target)
+        else:
+            unclaimed.append(stored)
+    return Account(ignored, tuple(unclaimed), _missing(model, state.keys() - replaced, claimed))
+
+
+def check_stored(name: str, found: TensorSpec | None, expected: TensorSpec) -> None:
+    """Raise :class:`LoadError` unless the stored tensor is exactly what the layer needs."""
+    if found is None:
+        raise LoadError(
+            f"{name} is missing; the layer's other tensors are there. The checkpoint is damaged; fetch it again."
+        )
+    if found != expected:
+        raise LoadError(
+            f"{name} is {found}, but this layer needs {expected}. The checkpoint is damaged or of another model."
+        )
+
+
+def _check_dense(name: str, found: TensorSpec, parameter: torch.Tensor) -> None:
+    if found.shape != tuple(parameter.shape):
+        check_stored(name, found, TensorSpec(tuple(parameter.shape), found.dtype))
+    _check_codes(name, found, parameter)
+
+
+def _check_codes(name: str, found: TensorSpec, parameter: torch.Tensor) -> None:
+    """Codes copied into a dense parameter would be garbage without an error."""
+    if parameter.is_floating_point() and found.dtype not in DENSE_DTYPES:
+        raise LoadError(
+            f"{name} is stored as {found}: quantized values, but the checkpoint's configuration does not say how to read "
+            "them for this module. Its quantization_config is missing, incomplete, or of a kind that is not supported."
+        )
+
+
+def _ignorable(name: str, model: nn.Module) -> str | None:
+    for pattern, reason in IGNORED_TENSORS.items():
+        if re.search(pattern, name):
+            return reason
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return "not used by this model, says Transformers" if any(re.search(p, name) for p in patterns) else None
+
+
+def _missing(model: nn.Module, needed: Collection[str], claimed: set[str]) -> tuple[str, ...]:
+    """Parameters and persistent buffers that no stored tensor fills and no tie provides."""
+    ties: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
+    tied = {name for pair in ties.items() if claimed & set(pair) for name in pair}
+    optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    without_source = set(needed) - claimed - tied
+    return tuple(sorted(name for name in without_source if not any(re.search(p, name) for p in optional)))

@@ -1,0 +1,292 @@
+"""A checkpoint on disk: its files, tensor headers and configuration. No weight is read and no code of it is run.
+
+Everything a file says about itself is checked against the file: header lengths, offsets, sizes, shards, paths. What
+passes here can be mapped into memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import resources
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quant.base import TensorSpec
+from runtime.errors import LoadError
+
+BUNDLED = {"demo": "awq", "demo-bf16": "bf16"}
+"""Names that stand for the model that ships with the package, wherever a model path is taken."""
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+GGUF_REFUSAL = (
+    "{what}: GGUF is not supported, by design. Use the original repository of the model, or dequantize it with "
+    "AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE, "
+    "quantization_config=GgufConfig(dequantize=True)).save_pretrained(OUT) and load OUT."
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """``tensors`` maps every stored name to its shape and dtype, ``quantization`` is the quantization configuration
+    wherever it was found (``quantization_source`` says where), or ``None``."""
+
+    name: str
+    folder: Path
+    files: tuple[Path, ...]
+    config: dict[str, Any]
+    quantization: dict[str, Any] | None
+    quantization_source: str
+    tensors: dict[str, TensorSpec]
+
+    @classmethod
+    def open(cls, name: str | Path, revision: str | None = None) -> Checkpoint:
+        """Open a folder, a Hub repository or a bundled model. Raises :class:`LoadError` with the cause and the remedy."""
+        _refuse_gguf_name(str(name))
+        folder = locate(str(name), revision)
+        _refuse_gguf_folder(folder)
+        config = read_json(folder / "config.json")
+        quantization, source = _find_quantization(config, folder)
+        if str((quantization or {}).get("quant_method", "")).lower() == "gguf":
+            raise LoadError(GGUF_REFUSAL.format(what=f"{folder} ({source}: quant_method gguf)"))
+        files = _weight_files(folder)
+        tensors: dict[str, TensorSpec] = {}
+        for file in files:
+            for tensor, spec in read_header(file).items():
+                if tensor in tensors:
+                    raise LoadError(
+                        f"{file}: tensor {tensor} is stored in another shard as well. The checkpoint is damaged."
+                    )
+                tensors[tensor] = spec
+        _check_index(folder, tensors)
+        return cls(str(name), folder, files, config, quantization, source, tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor_bytes(spec) for spec in self.tensors.values())
+
+    def remote_code(self) -> list[str]:
+        """The configuration files that want to import Python code of the checkpoint (``auto_map``)."""
+        names = ("config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json")
+        present = (name for name in names if (self.folder / name).is_file())
+        return [name for name in present if _has_key(read_json(self.folder / name), "auto_map")]
+
+
+def tensor_bytes(spec: TensorSpec) -> int:
+    """Bytes of a tensor with this header."""
+    return math.prod(spec.shape) * spec.dtype.itemsize
+
+
+def locate(name: str, revision: str | None = None) -> Path:
+    """The local folder of a model name; downloads a Hub repository (safetensors, JSON and tokenizer files only)."""
+    if name in BUNDLED:
+        return Path(str(resources.files("runtime") / "bundled" / BUNDLED[name]))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        with open(path, "rb") as file:
+            if file.read(4) == b"GGUF":
+                raise LoadError(GGUF_REFUSAL.format(what=path))
+        raise LoadError(f"{path} is a file; name the folder that holds config.json and the safetensors files.")
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        bundled = ", ".join(BUNDLED)
+        raise LoadError(
+            f"{name}: no such folder, and not a Hub repository (OWNER/NAME) or a bundled model ({bundled})."
+        )
+    return _download(name, revision)
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise LoadError(
+            f"{repository}: no such folder here, and the Hub did not give it ({type(error).__name__}: {error}). "
+            "Check the name and the network, or pass the path of a local folder."
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; anything else is a :class:`LoadError`."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise LoadError(f"{path} is missing: {path.parent} is not a Transformers checkpoint.") from error
+    except (ValueError, RecursionError) as error:
+        raise LoadError(f"{path} is not valid JSON ({error}). The file is damaged; fetch it again.") from error
+    if not isinstance(value, dict):
+        raise LoadError(
+            f"{path} holds a {type(value).__name__}, not a JSON object. The file is damaged; fetch it again."
+        )
+    return value
+
+
+def read_header(path: Path) -> dict[str, TensorSpec]:
+    """The tensors of a safetensors file. Format: an eight-byte length, a JSON object, the data without gaps.
+
+    Source: the safetensors README, "Format". Every length and offset is checked against the file before it is believed.
+    """
+    size = path.stat().st_size
+
+    def damaged(what: str) -> LoadError:
+        return LoadError(f"{path}: {what}. The file is damaged or truncated ({size} bytes); fetch it again.")
+
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise damaged(f"its header claims {length} bytes")
+        try:
+            header = json.loads(file.read(length))
+        except (ValueError, RecursionError) as error:
+            raise damaged(f"its header is not JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise damaged("its header is not a JSON object")
+    specs: dict[str, TensorSpec] = {}
+    spans: list[tuple[int, int, str]] = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            whole = all(isinstance(number, int) and number >= 0 for number in (*shape, start, stop))
+        except (TypeError, KeyError, ValueError) as error:
+            raise damaged(f"the header entry of {name} is malformed") from error
+        if not whole:
+            raise damaged(f"the header entry of {name} is malformed")
+        if dtype not in DTYPES:
+            known = ", ".join(DTYPES)
+            raise LoadError(f"{path}: tensor {name} has dtype {dtype}, which is not supported; known: {known}.")
+        expected = math.prod(shape) * DTYPES[dtype].itemsize
+        if stop - start != expected:
+            raise damaged(f"{name} is {dtype} {list(shape)}, {expected} bytes, but spans {stop - start}")
+        if 8 + length + stop > size:
+            raise damaged(f"{name} ends at byte {8 + length + stop}")
+        specs[name] = TensorSpec(shape, DTYPES[dtype])
+        spans.append((start, stop, name))
+    spans.sort()
+    for (_, end, first), (start, _, second) in pairwise(spans):
+        if start < end:
+            raise damaged(f"{first} and {second} overlap")
+    return specs
+
+
+def _weight_files(folder: Path) -> tuple[Path, ...]:
+    """The safetensors files that make up the checkpoint, sorted."""
+    index = folder / INDEX_FILE
+    if (folder / SINGLE_FILE).is_file():
+        return (folder / SINGLE_FILE,)
+    if index.is_file():
+        files = []
+        for name in sorted(set(_weight_map(index).values())):
+            path = folder / name
+            if Path(name).name != name:
+                raise LoadError(f"{index} names {name!r}, which is not a plain file name. Refused.")
+            if not path.is_file():
+                raise LoadError(f"{index} names {name}, which is missing from {folder}. Fetch the missing shard.")
+            files.append(path)
+        return tuple(files)
+    found = sorted(path.name for path in folder.iterdir())
+    pickles = [name for name in found if name.endswith(PICKLE_SUFFIXES)]
+    if pickles:
+        raise LoadError(
+            f"{folder} has only pickled weights ({', '.join(pickles[:3])}), and unpickling runs code from the file. "
+            "Use a safetensors copy of the model, or convert it on a machine you can afford to lose."
+        )
+    raise LoadError(
+        f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; it holds: {', '.join(found[:10]) or 'nothing'}."
+    )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weights = read_json(index).get("weight_map")
+    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights.values()):
+        raise LoadError(
+            f"{index} has no weight_map from tensor names to file names. The file is damaged; fetch it again."
+        )
+    return weights
+
+
+def _check_index(folder: Path, tensors: Iterable[str]) -> None:
+    """Every tensor that the index promises is in a shard."""
+    if (folder / SINGLE_FILE).is_file() or not (folder / INDEX_FILE).is_file():
+        return
+    absent = sorted(set(_weight_map(folder / INDEX_FILE)) - set(tensors))
+    if absent:
+        raise LoadError(
+            f"{folder / INDEX_FILE} names {len(absent)} tensors that no shard holds, e.g. {', '.join(absent[:3])}. "
+            "The checkpoint is damaged; fetch the shards again."
+        )
+
+
+def _find_quantization(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any] | None, str]:
+    """The quantization configuration and where it stands; nested places are those that vLLM and Transformers read."""
+    text = config.get("text_config")
+    places: list[tuple[str, Any]] = [
+        ("config.json: quantization_config", config.get("quantization_config")),
+        (
+            "config.json: text_config.quantization_config",
+            text.get("quantization_config") if isinstance(text, dict) else None,
+        ),
+        ("config.json: compression_config", config.get("compression_config")),
+    ]
+    for name in ("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json"):
+        if (folder / name).is_file():
+            places.append((name, read_json(folder / name)))
+    for source, found in places:
+        if found is None:
+            continue
+        if not isinstance(found, dict):
+            raise LoadError(f"{source} is a {type(found).__name__}, not an object. The file is damaged.")
+        return found, source
+    return None, ""
+
+
+def _refuse_gguf_name(name: str) -> None:
+    lowered = name.lower()
+    if Path(name).is_dir():
+        return
+    if lowered.endswith(".gguf") or ":q" in lowered.rpartition("/")[2]:
+        raise LoadError(GGUF_REFUSAL.format(what=name))
+
+
+def _refuse_gguf_folder(folder: Path) -> None:
+    gguf = sorted(path.name for path in folder.glob("*") if path.suffix.lower() == ".gguf")
+    if gguf and not any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
+        raise LoadError(GGUF_REFUSAL.format(what=folder / gguf[0]))
+
+
+def _has_key(value: Any, key: str) -> bool:
+    if isinstance(value, dict):
+        return key in value or any(_has_key(item, key) for item in value.values())
+    return isinstance(value, list) and any(_has_key(item, key) for item in value)

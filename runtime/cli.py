@@ -1,0 +1,222 @@
+"""The ``relinear`` command: a thin face over :class:`runtime.LLM` and :func:`runtime.inspect`.
+
+Answers go to standard output, everything about them (report, progress, errors) to standard error. Heavy modules are
+imported by the subcommands, so ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from runtime.errors import Error, InvalidRequest
+
+
+class Parser(argparse.ArgumentParser):
+    """Knows no abbreviations and suggests the nearest flag for an unknown one."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        if unknown:
+            flags = [flag for action in self._every_action() for flag in action.option_strings]
+            close = difflib.get_close_matches(unknown[1], flags, n=1)
+            message += f". Did you mean {close[0]}?" if close else ""
+        super().error(message)
+
+    def _every_action(self) -> list[argparse.Action]:
+        actions = list(self._actions)
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                actions += [inner for parser in action.choices.values() for inner in parser._actions]
+        return actions
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="relinear", description="A quantization-focused LLM runtime.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _generate_parser(commands.add_parser("generate", help="complete prompts"))
+    _inspect_parser(commands.add_parser("inspect", help="show what loading would do; reads no weights"))
+    return parser
+
+
+def _loading_options(parser: argparse.ArgumentParser) -> None:
+    """The options that decide what is loaded; SGLang's spelling first, then vLLM's."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--quantization", "-q", metavar="FORMAT", help="the format you expect, e.g. awq; only confirms")
+    group.add_argument("--kernel", metavar="NAME", help="what multiplies by quantized weights; default: the best here")
+    group.add_argument("--attention-backend", metavar="NAME", help="what attends; default: the best here")
+    group.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 (half) or float32 (default: auto)")
+    group.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    group.add_argument("--trust-remote-code", action="store_true", help="run Python code of the checkpoint")
+    group.add_argument("--revision", help="branch, tag or commit of a Hub repository")
+
+
+def _generate_parser(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=generate)
+    parser.add_argument(
+        "--model-path", "--model", required=True, metavar="M", help="folder, Hub repository, demo or demo-bf16"
+    )
+    _loading_options(parser)
+    group = parser.add_argument_group("engine")
+    group.add_argument("--tokenizer-path", "--tokenizer", dest="tokenizer", metavar="T", help="default: the model's")
+    group.add_argument("--skip-tokenizer-init", action="store_true", help="token ids in (JSON lines) and out")
+    group.add_argument("--context-length", "--max-model-len", dest="max_model_len", type=int, metavar="N")
+    group.add_argument(
+        "--max-running-requests", "--max-num-seqs", dest="max_num_seqs", type=int, default=32, metavar="N"
+    )
+    group.add_argument(
+        "--chunked-prefill-size", "--max-num-batched-tokens", dest="max_num_batched_tokens", type=int, metavar="N"
+    )
+    group.add_argument("--max-total-tokens", type=int, metavar="N", help="size of the KV cache in tokens")
+    group.add_argument("--kv-cache-memory", metavar="SIZE", help="size of the KV cache, e.g. 2GiB")
+    group = parser.add_argument_group("prompts")
+    group.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be repeated")
+    group.add_argument(
+        "--prompt-file",
+        metavar="FILE",
+        help="one prompt a line, or JSON lines with 'prompt' or 'input_ids'; - is standard input, also read without --prompt",
+    )
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--max-new-tokens", "--max-tokens", dest="max_tokens", type=int, default=128, metavar="N")
+    group.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the likeliest token"
+    )
+    group.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    group.add_argument("--top-k", type=int, default=0, metavar="K")
+    group.add_argument("--min-p", type=float, default=0.0, metavar="M")
+    group.add_argument("--seed", type=int, metavar="S")
+    group.add_argument("--stop", action="append", default=[], metavar="STR", help="may be repeated")
+    group.add_argument("--ignore-eos", action="store_true")
+    group.add_argument("--n", type=int, default=1, help="samples a prompt")
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", action="store_true", help="one JSON line a prompt")
+    group.add_argument("--stream", action="store_true", help="show text as it comes, one prompt after the other")
+    group.add_argument("--quiet", action="store_true", help="no report and no progress bar")
+
+
+def _inspect_parser(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=inspect)
+    parser.add_argument("model", metavar="M", help="folder, Hub repository, demo or demo-bf16")
+    _loading_options(parser)
+    parser.add_argument("--json", action="store_true", help="every module, as JSON")
+
+
+LOADING = ("quantization", "kernel", "attention_backend", "dtype", "device", "trust_remote_code", "revision")
+ENGINE = (
+    "tokenizer", "skip_tokenizer_init", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_total_tokens",
+    "kv_cache_memory",
+)  # fmt: skip
+SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "ignore_eos", "n")
+
+
+def _pick(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in names}
+
+
+def generate(arguments: argparse.Namespace) -> int:
+    from runtime.llm import LLM
+    from runtime.request import SamplingParams
+
+    params = SamplingParams(**_pick(arguments, SAMPLING))
+    prompts = read_prompts(arguments.prompt, arguments.prompt_file)
+    llm = LLM(arguments.model_path, **_pick(arguments, LOADING + ENGINE))
+    if not arguments.quiet:
+        print(llm.report + "\n", file=sys.stderr)
+    if arguments.stream and not arguments.json:
+        for prompt in prompts:
+            _print_stream(llm, prompt, params)
+        return 0
+    outputs = llm.generate(prompts, params, use_tqdm=not arguments.quiet and sys.stderr.isatty())
+    for output in outputs:
+        if arguments.json:
+            print(json.dumps(dataclasses.asdict(output), ensure_ascii=False), flush=True)
+            continue
+        for sample in output.outputs:
+            answer = sample.text if llm.get_tokenizer() else " ".join(map(str, sample.token_ids))
+            print(f"{output.prompt or ''}{answer}" + ("\n---" if len(prompts) * arguments.n > 1 else ""), flush=True)
+    failed = [sample.error for output in outputs for sample in output.outputs if sample.error]
+    if failed:
+        print(f"relinear: {len(failed)} of {len(prompts)} prompts failed: {failed[0]}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _print_stream(llm: Any, prompt: str | list[int], params: Any) -> None:
+    print(prompt if isinstance(prompt, str) else "", end="", flush=True)
+    for _, delta in llm.stream([prompt], params):
+        piece = delta.text if llm.get_tokenizer() else "".join(f"{token} " for token in delta.token_ids)
+        print(piece, end="", flush=True)
+        if delta.error:
+            raise Error(delta.error)
+    print("\n---", flush=True)
+
+
+def inspect(arguments: argparse.Namespace) -> int:
+    from runtime.inspection import inspect as look
+
+    found = look(arguments.model, **_pick(arguments, LOADING))
+    print(json.dumps(found.data(), indent=2, ensure_ascii=False) if arguments.json else found)
+    return 0
+
+
+def read_prompts(texts: Sequence[str], file: str | None) -> list[str | list[int]]:
+    """Prompts of the command line and then of a file or of standard input. Raises :class:`InvalidRequest`."""
+    prompts: list[str | list[int]] = list(texts)
+    if file is None and not prompts:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise InvalidRequest("no prompt: give --prompt TEXT, --prompt-file FILE, or text on standard input.")
+        file = "-"
+    if file is not None:
+        try:
+            content = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidRequest(f"--prompt-file {file}: {error}") from error
+        prompts += [_parse(line, place) for place, line in enumerate(content.splitlines(), start=1) if line.strip()]
+    if not prompts:
+        raise InvalidRequest("no prompt: the input is empty.")
+    return prompts
+
+
+def _parse(line: str, place: int) -> str | list[int]:
+    """A JSON object with ``prompt`` or ``input_ids``; any other line is the prompt itself."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return line
+    if not isinstance(entry, dict):
+        return line
+    prompt = entry.get("prompt", entry.get("input_ids"))
+    if not isinstance(prompt, str | list):
+        raise InvalidRequest(
+            f"line {place}: the JSON object needs 'prompt' (text) or 'input_ids' (a list of token ids)."
+        )
+    return prompt
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    arguments = build_parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except Error as error:
+        print(f"relinear: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 141
+
+
+if __name__ == "__main__":
+    sys.exit(main())

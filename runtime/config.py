@@ -1,0 +1,60 @@
+"""What an engine is told once, at the start. Frozen: nothing writes to it later."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+
+from runtime.errors import LoadError
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """``None`` means: decided from the model and the memory that is there, and reported.
+
+    ``quantization`` confirms the checkpoint's format; ``kernel`` and ``attention_backend`` choose by name and fail rather
+    than fall back. ``max_model_len`` is the longest prompt and answer together, ``max_total_tokens`` (or
+    ``kv_cache_memory``, bytes or ``"2GiB"``) the size of the KV cache, ``max_num_batched_tokens`` the tokens of one
+    forward pass and ``max_num_seqs`` the requests that run at once. ``skip_tokenizer_init`` takes and gives token ids only.
+    """
+
+    model: str
+    tokenizer: str | None = None
+    skip_tokenizer_init: bool = False
+    quantization: str | None = None
+    kernel: str | None = None
+    attention_backend: str | None = None
+    dtype: str | torch.dtype = "auto"
+    device: str | torch.device = "auto"
+    max_model_len: int | None = None
+    max_num_batched_tokens: int | None = None
+    max_num_seqs: int = 32
+    max_total_tokens: int | None = None
+    kv_cache_memory: int | str | None = None
+    block_size: int = 16
+    seed: int = 0
+    trust_remote_code: bool = False
+    revision: str | None = None
+    startup_check: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "max_num_batched_tokens", "max_num_seqs", "max_total_tokens", "block_size"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise LoadError(f"{name} must be a positive integer, not {value!r}.")
+        if self.max_total_tokens is not None and self.kv_cache_memory is not None:
+            raise LoadError("max_total_tokens and kv_cache_memory both size the KV cache; give one of them.")
+
+    @classmethod
+    def from_options(cls, **options: Any) -> EngineConfig:
+        """The configuration for keyword options; an unknown one is an error that suggests the nearest."""
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                close = get_close_matches(name, known, n=1)
+                hint = f" Did you mean {close[0]}?" if close else f" Known: {', '.join(known)}."
+                raise TypeError(f"unknown option {name!r}.{hint}")
+        return cls(**options)

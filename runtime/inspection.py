@@ -1,0 +1,59 @@
+"""Look at a checkpoint without reading a weight: the plan of loading, and what attention would do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from attention.hf import UnsupportedAttention, record_specs
+from attention.registry import select
+
+from runtime.checkpoint import Checkpoint
+from runtime.plan import LoadPlan, make_plan
+from runtime.report import attention_lines, inspect_data, inspect_text
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Prints as a table; ``data()`` is the same for programs."""
+
+    plan: LoadPlan
+    attention: list[tuple[str, str]]
+
+    def data(self) -> dict[str, Any]:
+        return inspect_data(self.plan, self.attention)
+
+    def __str__(self) -> str:
+        return inspect_text(self.plan, self.attention)
+
+
+def inspect(
+    model: str | Path,
+    *,
+    quantization: str | None = None,
+    kernel: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    attention_backend: str | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> Inspection:
+    """What loading ``model`` would do: every module's format, kernel and bytes, what stays dense and why, tensors without
+    an owner. Raises :class:`LoadError` if it cannot be loaded at all; an attention that the engine cannot serve is
+    reported, not raised, because ``load_model`` does not need it."""
+    plan, skeleton = make_plan(
+        Checkpoint.open(model, revision),
+        dtype=dtype,
+        device=device,
+        quantization=quantization,
+        kernel=kernel,
+        trust_remote_code=trust_remote_code,
+    )
+    try:
+        specs = record_specs(skeleton)
+        lines = attention_lines(specs, select(specs, plan.device, attention_backend))
+    except UnsupportedAttention as error:
+        lines = [("attention", f"the engine cannot serve this model: {error}")]
+    return Inspection(plan, lines)

@@ -1,0 +1,178 @@
+"""From a plan to a loaded model. The only call of ``from_pretrained`` is here.
+
+Transformers reads the files: renames, merges, ties, device maps and remote code are its own. A quantizer of ours, a
+documented extension point, swaps the planned linears on the meta device before, and repacks them one by one after.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from quant.base import QuantError
+from quant.linear import QuantLinear, set_module
+from runtime.checkpoint import Checkpoint
+from runtime.errors import LoadError
+from runtime.plan import LoadPlan, make_plan
+from runtime.report import load_report
+
+logger = logging.getLogger(__name__)
+
+QUANTIZER = "relinear"
+
+
+@register_quantization_config(QUANTIZER)
+class PlannedQuantization(QuantizationConfigMixin):
+    """Carries the plan through ``from_pretrained``, which wants a configuration object."""
+
+    def __init__(self, plan: LoadPlan, quant_method: str = QUANTIZER):
+        self.quant_method = quant_method
+        self.plan = plan
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": QUANTIZER}
+
+
+@register_quantizer(QUANTIZER)
+class PlannedQuantizer(HfQuantizer):
+    """Swaps and repacks what the plan says."""
+
+    requires_calibration = True  # only checkpoints that are already quantized
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        plan: LoadPlan = self.quantization_config.plan
+        with torch.device("meta"):
+            for module in plan.quantized:
+                assert module.scheme is not None
+                assert module.choice is not None
+                layer = QuantLinear(
+                    module.name, module.shape, module.scheme, module.choice.kernel, module.stored, plan.dtype
+                )
+                set_module(model, module.name, layer)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        method = self.quantization_config.plan.method
+        for module in model.modules():
+            if isinstance(module, QuantLinear):
+                module.finish(method)
+        return model
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """``seconds`` to load; ``peak_rss`` is the largest resident size this process ever had, in bytes."""
+
+    model: nn.Module
+    plan: LoadPlan
+    seconds: float
+    peak_rss: int
+
+
+def load(plan: LoadPlan, attn_implementation: str | None = None) -> LoadedModel:
+    """Read the weights. ``attn_implementation`` is Transformers' name of the attention function; ``None`` is its choice.
+
+    Raises :class:`LoadError`; a model that is returned has every parameter from the checkpoint.
+    """
+    plan.require_complete()
+    started = time.perf_counter()
+    config = plan.config
+    if plan.method is not None:
+        config.quantization_config = {"quant_method": QUANTIZER, "plan": plan}
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            plan.checkpoint.folder,
+            config=config,
+            dtype=plan.dtype,
+            device_map=None if plan.device.type == "cpu" else {"": plan.device},
+            attn_implementation=attn_implementation,
+            trust_remote_code=plan.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except QuantError as error:
+        raise LoadError(f"{plan.checkpoint.folder}: {error}") from error
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        raise LoadError(f"{plan.checkpoint.folder}: Transformers could not load it: {error}") from error
+    _check_report(plan, model, info)
+    model.eval()
+    return LoadedModel(model, plan, time.perf_counter() - started, peak_rss())
+
+
+def load_model(
+    path: str | Path,
+    *,
+    quantization: str | None = None,
+    kernel: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> nn.Module:
+    """The plain Transformers model of a checkpoint, with quantized linears: ``model(input_ids).logits`` and
+    ``model.generate`` work as usual, no engine is involved.
+
+    ``path`` is a folder, a Hub repository or ``demo`` / ``demo-bf16``. ``quantization`` confirms the format, ``kernel``
+    chooses what multiplies. Raises :class:`LoadError`.
+    """
+    checkpoint = Checkpoint.open(path, revision)
+    plan, _ = make_plan(
+        checkpoint,
+        dtype=dtype,
+        device=device,
+        quantization=quantization,
+        kernel=kernel,
+        trust_remote_code=trust_remote_code,
+    )
+    loaded = load(plan, attn_implementation)
+    logger.info("%s", load_report(loaded))
+    return loaded.model
+
+
+def peak_rss() -> int:
+    """Largest resident size of this process so far, in bytes, where the system tells; else the present one."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
+        if line:
+            return int(line.split()[1]) * 1024
+    return int(psutil.Process().memory_info().rss)
+
+
+def _check_report(plan: LoadPlan, model: nn.Module, info: dict[str, Any]) -> None:
+    """What the plan promised is what Transformers did: the headers were right and no parameter was made up."""
+    unexpected = set(info["unexpected_keys"]) - set(plan.account.ignored)
+    left = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    for what, names in (
+        ("parameters were not found", info["missing_keys"]),
+        ("stored tensors were not used", unexpected),
+        ("tensors had another shape", info["mismatched_keys"]),
+        ("errors", info["error_msgs"]),
+        ("parameters were never filled", left),
+    ):
+        if names:
+            raise LoadError(f"{plan.checkpoint.folder}: while loading, {len(names)} {what}: {_some(names)}")
+
+
+def _some(names: Collection[Any]) -> str:
+    shown = ", ".join(str(name) for name in sorted(names, key=str)[:5])
+    return shown + (", ..." if len(names) > 5 else ".")

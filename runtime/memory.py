@@ -1,0 +1,100 @@
+"""How much memory there is, and how much of it the KV cache gets."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from runtime.config import EngineConfig
+from runtime.errors import LoadError
+
+CACHE_FRACTION = 0.5
+"""Of the memory available after the weights are loaded, when no size is asked for."""
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """The KV cache in blocks, and the longest sequence that is served."""
+
+    blocks: int
+    block_size: int
+    max_model_len: int
+    nbytes: int
+
+    @property
+    def tokens(self) -> int:
+        return self.blocks * self.block_size
+
+
+def size_cache(config: EngineConfig, token_bytes: int, context: int | None, device: torch.device) -> CacheSize:
+    """Blocks for the KV cache. ``token_bytes`` is what one token takes in all layers, ``context`` what the model was made
+    for (``None``: it does not say).
+
+    Asked for by size: exactly that. Otherwise as much as ``max_num_seqs`` sequences of ``max_model_len`` can use, within
+    :data:`CACHE_FRACTION` of the available memory. Raises :class:`LoadError` if ``max_model_len`` was asked for and does
+    not fit; if it was not, it is lowered to what fits.
+    """
+    available = available_bytes(device)
+    wanted = config.max_model_len or context or 4096
+    if config.max_total_tokens is not None:
+        tokens = config.max_total_tokens
+    elif config.kv_cache_memory is not None:
+        tokens = parse_bytes(config.kv_cache_memory) // token_bytes
+    else:
+        tokens = min(config.max_num_seqs * wanted, int(available * CACHE_FRACTION) // token_bytes)
+        tokens = -(-tokens // config.block_size) * config.block_size
+    blocks = tokens // config.block_size
+    nbytes = blocks * config.block_size * token_bytes
+    if blocks < 1 or nbytes > available:
+        raise LoadError(
+            f"A KV cache of {blocks * config.block_size} tokens takes {format_bytes(nbytes)} ({token_bytes} bytes a token), "
+            f"of {format_bytes(available)} available. At most {available // token_bytes} tokens fit; "
+            f"it needs room for one block of {config.block_size}."
+        )
+    capacity = blocks * config.block_size
+    if config.max_model_len is not None and config.max_model_len > capacity:
+        raise LoadError(
+            f"max_model_len {config.max_model_len} needs {format_bytes(config.max_model_len * token_bytes)} of KV cache, but "
+            f"it has {capacity} tokens ({format_bytes(nbytes)}). Lower max_model_len to {capacity} or enlarge the cache."
+        )
+    return CacheSize(blocks, config.block_size, min(wanted, capacity), nbytes)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Free memory of a device; on a CPU what the system and the control group of this process leave."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    limits = [psutil.virtual_memory().available]
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            limits.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):
+            continue  # no such control group, or "max"
+    return max(0, min(limits))
+
+
+def parse_bytes(size: int | str) -> int:
+    """``2GiB``, ``500 MB``, ``1048576`` -> bytes. Raises :class:`LoadError`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", str(size).strip().lower())
+    if match is None:
+        raise LoadError(f"{size!r} is not a size; write for example 2GiB, 500MB or a number of bytes.")
+    return int(float(match[1]) * UNITS[match[2] or ""])
+
+
+def format_bytes(size: int) -> str:
+    """Bytes for people, in binary units."""
+    value = float(size)
+    for unit in ("B", "KiB", "MiB"):
+        if abs(value) < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"

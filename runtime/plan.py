@@ -1,0 +1,202 @@
+"""What loading a checkpoint will do, decided before any weight is read.
+
+The tensor headers are matched against the model's own tree (built on the meta device): every linear layer gets a scheme
+and a kernel, or a reason why it stays dense; every stored tensor gets an owner; every parameter gets a source. What
+cannot work is refused here, not after minutes of loading. ``relinear inspect`` prints this and stops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from quant import kernels, registry
+from quant.base import LinearShape, NoKernel, QuantError, QuantMethod, Scheme, TensorSpec, canonical_bytes
+from runtime.accounting import Account, balance, check_stored, rename_headers
+from runtime.checkpoint import Checkpoint, tensor_bytes
+from runtime.errors import LoadError
+from runtime.skeleton import build_meta_model, read_model_config, resolve_device, resolve_dtype
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """One linear layer. ``choice`` ``None`` means dense, and ``reason`` says why; otherwise ``reason`` tells what the
+    kernel runs and who was asked before it. ``nbytes`` is the weight's size once loaded."""
+
+    name: str
+    shape: LinearShape
+    stored: Mapping[str, TensorSpec]
+    scheme: Scheme | None
+    choice: kernels.Choice | None
+    reason: str
+    nbytes: int
+
+    @property
+    def bf16_bytes(self) -> int:
+        """Bytes of the same weight in bf16."""
+        return 2 * self.shape.in_features * self.shape.out_features
+
+    @property
+    def kernel(self) -> str:
+        """Name of what multiplies."""
+        return self.choice.kernel.name if self.choice else "torch"
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """Everything that is known before weights are read. ``config`` is Transformers', without its quantization part;
+    ``other_bytes`` are the loaded bytes of everything that is no linear layer."""
+
+    checkpoint: Checkpoint
+    config: Any
+    dtype: torch.dtype
+    dtype_note: str
+    device: torch.device
+    trust_remote_code: bool
+    method: QuantMethod | None
+    modules: Mapping[str, ModulePlan]
+    other_bytes: int
+    account: Account
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LoadPlan:
+        return self  # Transformers copies the configuration that carries the plan; nobody writes to it
+
+    @property
+    def quantized(self) -> list[ModulePlan]:
+        return [module for module in self.modules.values() if module.scheme is not None]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the loaded model."""
+        return sum(module.nbytes for module in self.modules.values()) + self.other_bytes
+
+    @property
+    def bf16_bytes(self) -> int:
+        """Bytes of the same model, dense, in bf16."""
+        linears = sum(module.bf16_bytes for module in self.modules.values() if module.nbytes)
+        return linears + self.other_bytes * 2 // self.dtype.itemsize
+
+    @property
+    def peak_bytes(self) -> int:
+        """Largest memory during loading: everything as stored and, beside it, the layer that is being repacked, whose
+        codes take a byte each while they change order."""
+        stored = sum(tensor_bytes(spec) for module in self.quantized for spec in module.stored.values())
+        dense = self.weight_bytes - sum(module.nbytes for module in self.quantized)
+        largest = max((module.bf16_bytes for module in self.quantized), default=0)
+        return stored + dense + largest
+
+    def require_complete(self) -> None:
+        """Raise :class:`LoadError` if a stored tensor has no owner or a parameter no source."""
+        folder, unclaimed, missing = self.checkpoint.folder, self.account.unclaimed, self.account.missing
+        if unclaimed:
+            raise LoadError(
+                f"{folder}: {len(unclaimed)} stored tensors belong to no module of this model: {_some(unclaimed)}. "
+                "Loading without them would compute something else than the checkpoint says. "
+                "`relinear inspect` lists them all."
+            )
+        if missing:
+            raise LoadError(
+                f"{folder}: {len(missing)} parameters of the model are stored nowhere: {_some(missing)}. "
+                "The checkpoint is incomplete; fetch it again."
+            )
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    quantization: str | None = None,
+    kernel: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[LoadPlan, nn.Module]:
+    """The plan, and the model's tree on the meta device.
+
+    ``quantization`` confirms the checkpoint's format, ``kernel`` chooses the kernel; neither affects the other. Raises
+    :class:`LoadError`; tensors without owner or source are left to :meth:`LoadPlan.require_complete`.
+    """
+    place = resolve_device(device)
+    config = read_model_config(checkpoint, trust_remote_code)
+    precision, note = resolve_dtype(dtype, checkpoint, place)
+    model = build_meta_model(config, precision, trust_remote_code)
+    headers = rename_headers(checkpoint, model)
+    try:
+        method = _resolve_method(checkpoint, headers.tensors, quantization)
+        modules = _plan_linears(model, method, headers.tensors, place, precision, kernel)
+    except QuantError as error:
+        raise LoadError(f"{checkpoint.folder}: {error}") from error
+    quantized = {name: module.stored for name, module in modules.items() if module.scheme is not None}
+    account = balance(checkpoint, model, headers, quantized)
+    other = _other_bytes(model, modules, precision)
+    plan = LoadPlan(
+        checkpoint, config, precision, note, place, trust_remote_code, method, modules, other, account
+    )  # fmt: skip
+    return plan, model
+
+
+def _resolve_method(checkpoint: Checkpoint, headers: Mapping[str, TensorSpec], asked: str | None) -> QuantMethod | None:
+    if checkpoint.quantization is None:
+        registry.confirm(None, asked)
+        return None
+    return registry.resolve(checkpoint.quantization, headers, asked)
+
+
+def _plan_linears(
+    model: nn.Module,
+    method: QuantMethod | None,
+    headers: Mapping[str, TensorSpec],
+    device: torch.device,
+    dtype: torch.dtype,
+    asked: str | None,
+) -> dict[str, ModulePlan]:
+    """A plan for every ``nn.Linear``; subclasses are left alone, their forward does something else."""
+    tied = getattr(model, "all_tied_weights_keys", {})
+    plans: dict[str, ModulePlan] = {}
+    for name, module in model.named_modules():
+        if type(module) is not nn.Linear:
+            continue
+        shape = LinearShape(module.in_features, module.out_features, module.bias is not None)
+        scheme = method.scheme_for(name, shape) if method else None
+        if scheme is None or method is None:
+            shares = f"{name}.weight" in tied
+            size = 0 if shares else shape.in_features * shape.out_features * dtype.itemsize
+            reason = method.dense_reason(name) if method else "the checkpoint is not quantized"
+            reason = f"shares the weight of {tied[f'{name}.weight']}" if shares else reason
+            plans[name] = ModulePlan(name, shape, {}, None, None, reason, size)
+            continue
+        stored = method.tensors(name, shape)
+        for local, expected in stored.items():
+            check_stored(f"{name}.{local}", headers.get(f"{name}.{local}"), expected)
+        try:
+            choice = kernels.choose(scheme, shape, device, asked)
+        except NoKernel as error:
+            raise NoKernel(f"{name}: {error}") from error
+        refusals = [f"{other} refused: {why}" for other, why in choice.refusals.items()]
+        reason = "; ".join([choice.kernel.summary, *refusals])
+        scale = next((spec.dtype for local, spec in stored.items() if "scale" in local), torch.float32)
+        plans[name] = ModulePlan(name, shape, stored, scheme, choice, reason, canonical_bytes(scheme, shape, scale))
+    if method and not any(plan.scheme for plan in plans.values()):
+        raise LoadError(
+            f"quantization_config says {method.summary}, but no linear layer of {type(model).__name__} is stored so. "
+            "The checkpoint is dense or damaged: remove quantization_config to load it as it is."
+        )
+    return plans
+
+
+def _other_bytes(model: nn.Module, modules: Mapping[str, ModulePlan], dtype: torch.dtype) -> int:
+    """Loaded bytes of embeddings, norms, biases and the like; tied parameters are counted once."""
+    linears = {f"{name}.weight" for name in modules}
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    return sum(
+        tensor.numel() * (dtype if tensor.is_floating_point() else tensor.dtype).itemsize
+        for name, tensor in model.state_dict().items()
+        if name not in linears and name not in tied
+    )
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -1,0 +1,160 @@
+"""What people read: the start-up report and the inspection table, and the same facts as plain data."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from attention.base import AttentionSpec
+from attention.registry import Selection
+
+from runtime.memory import CacheSize, format_bytes
+
+if TYPE_CHECKING:
+    from runtime.loader import LoadedModel
+    from runtime.plan import LoadPlan, ModulePlan
+
+
+def load_report(loaded: LoadedModel) -> str:
+    """Format, bits, group, kernel and why, bytes against bf16, one aligned line each."""
+    plan = loaded.plan
+    lines = plan_lines(plan)
+    lines.append(("load", f"{loaded.seconds:.1f} s, peak resident {format_bytes(loaded.peak_rss)}"))
+    return _aligned(lines)
+
+
+def engine_report(
+    loaded: LoadedModel, specs: Sequence[AttentionSpec], selection: Selection, size: CacheSize, max_model_len: int
+) -> str:
+    """The load report, with attention and the KV cache."""
+    token_bytes = size.nbytes // size.tokens
+    lines = [
+        *attention_lines(specs, selection),
+        (
+            "kv cache",
+            f"{size.tokens} tokens ({format_bytes(size.nbytes)}, {format_bytes(token_bytes)} a token, "
+            f"{size.blocks} blocks of {size.block_size}), room for "
+            f"{size.tokens / max_model_len:.1f} sequences of {max_model_len}",
+        ),
+    ]
+    return load_report(loaded) + "\n" + _aligned(lines)
+
+
+def plan_lines(plan: LoadPlan) -> list[tuple[str, str]]:
+    """Label and text of what is known before loading."""
+    weights, bf16 = plan.weight_bytes, plan.bf16_bytes
+    saved = f", {100 * weights / bf16:.0f} % of the {format_bytes(bf16)} in bf16" if plan.quantized else ""
+    dtype = str(plan.dtype).removeprefix("torch.") + (f" ({plan.dtype_note})" if plan.dtype_note else "")
+    lines = [
+        ("model", f"{plan.checkpoint.name} ({plan.config.model_type}), {dtype} on {plan.device}"),
+        (
+            "format",
+            f"{plan.method.summary} ({plan.checkpoint.quantization_source})" if plan.method else "not quantized",
+        ),
+        ("weights", f"{format_bytes(weights)}{saved}"),
+    ]
+    for (kernel, reason), count in Counter((m.kernel, m.reason) for m in plan.quantized).items():
+        lines.append(("kernel", f"{kernel} for {count} linear layers ({reason})"))
+    for reason, names in _dense(plan).items():
+        lines.append(("dense", f"{_collapse(names)}: {reason}"))
+    return lines
+
+
+def attention_lines(specs: Sequence[AttentionSpec], selection: Selection) -> list[tuple[str, str]]:
+    """Label and text of what attends to what, and through which backend."""
+    why = "".join(f"; {name} refused: {reason}" for name, reason in selection.refusals.items())
+    kinds = Counter(str(spec) for spec in specs)
+    shapes = "; ".join(f"{count} x {kind}" for kind, count in kinds.items())
+    return [("attention", f"{selection.backend.name}{why}: {shapes}")]
+
+
+def inspect_text(plan: LoadPlan, attention: Sequence[tuple[str, str]]) -> str:
+    """The whole inspection as text; layers that differ only in their numbers share a row."""
+    rows = [("module", "format", "bits", "group", "kernel", "bytes", "why")]
+    groups: dict[tuple[Any, ...], list[ModulePlan]] = {}
+    for module in plan.modules.values():
+        key = (re.sub(r"\d+", "N", module.name), module.shape, module.scheme, module.kernel, module.reason)
+        groups.setdefault(key, []).append(module)
+    for (_, _, scheme, kernel, reason), modules in groups.items():
+        assert scheme is None or plan.method is not None
+        name = f"{_collapse([m.name for m in modules])} {modules[0].shape}"
+        bits = str(scheme.kind.bits) if scheme else str(8 * plan.dtype.itemsize)
+        kind = plan.method.name if scheme and plan.method else "dense"
+        size = format_bytes(sum(m.nbytes for m in modules))
+        rows.append((name, kind, bits, str(scheme.group) if scheme else "-", kernel, size, reason))
+    lines = [*plan_lines(plan)[:3], *attention, ("load peak", f"{format_bytes(plan.peak_bytes)} predicted")]
+    account = plan.account
+    lines += [("ignored", f"{name}: {reason}") for name, reason in account.ignored.items()]
+    lines += [("unclaimed", f"{name}: no module wants it; loading will refuse") for name in account.unclaimed]
+    lines += [("missing", f"{name}: stored nowhere; loading will refuse") for name in account.missing]
+    return _aligned(lines) + "\n\n" + _table(rows)
+
+
+def inspect_data(plan: LoadPlan, attention: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """The whole inspection as JSON data, every module by itself."""
+    return {
+        "model": plan.checkpoint.name,
+        "model_type": plan.config.model_type,
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "device": str(plan.device),
+        "quantization": plan.method.name if plan.method else None,
+        "format": plan.method.summary if plan.method else None,
+        "weight_bytes": plan.weight_bytes,
+        "bf16_bytes": plan.bf16_bytes,
+        "predicted_peak_bytes": plan.peak_bytes,
+        "attention": dict(attention),
+        "modules": [
+            {
+                "name": module.name,
+                "format": plan.method.name if module.scheme and plan.method else "dense",
+                "in_features": module.shape.in_features,
+                "out_features": module.shape.out_features,
+                "bits": module.scheme.kind.bits if module.scheme else 8 * plan.dtype.itemsize,
+                "group": module.scheme.group if module.scheme else None,
+                "kernel": module.kernel,
+                "why": module.reason,
+                "bytes": module.nbytes,
+            }
+            for module in plan.modules.values()
+        ],
+        "ignored": dict(plan.account.ignored),
+        "unclaimed": list(plan.account.unclaimed),
+        "missing": list(plan.account.missing),
+    }
+
+
+def _dense(plan: LoadPlan) -> dict[str, list[str]]:
+    """Dense linear layers of a quantized checkpoint, by reason."""
+    reasons: dict[str, list[str]] = {}
+    for module in plan.modules.values():
+        if plan.method and module.scheme is None:
+            reasons.setdefault(module.reason, []).append(module.name)
+    return reasons
+
+
+def _collapse(names: Sequence[str]) -> str:
+    """``a.0.b, a.1.b, a.2.b`` -> ``a.{0-2}.b``; several patterns are joined with commas."""
+    patterns: dict[str, list[str]] = {}
+    for name in names:
+        patterns.setdefault(re.sub(r"\d+", "{}", name, count=1), []).append(name)
+    shown = []
+    for pattern, members in patterns.items():
+        numbers = [int(found[0]) for name in members if (found := re.search(r"\d+", name))]
+        if len(members) == 1:
+            shown.append(members[0])
+        elif len(numbers) == max(numbers) - min(numbers) + 1:
+            shown.append(pattern.replace("{}", f"{{{min(numbers)}-{max(numbers)}}}"))
+        else:
+            shown.append(pattern.replace("{}", f"{{{','.join(map(str, numbers))}}}"))
+    return ", ".join(shown)
+
+
+def _aligned(lines: Sequence[tuple[str, str]]) -> str:
+    return "\n".join(f"{label:<10} {text}" for label, text in lines)
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    return "\n".join("  ".join([*map(str.ljust, row, widths), row[-1]]) for row in rows)

@@ -1,0 +1,128 @@
+"""One forward pass: a plan becomes tensors, the model runs, logits become token ids.
+
+All chunks are packed into one row ``[1, T]``. The model is Transformers' own and unchanged; its attention finds the batch
+in a context variable (:mod:`attention.hf`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from attention.base import AttentionBackend, AttentionBatch, AttentionSpec
+from attention.hf import forward_batch
+from attention.kv_cache import KVCache
+from torch import Tensor, nn
+
+from runtime.request import Request, TokenLogprob
+from runtime.sampling import logprobs_of, sample
+from runtime.scheduler import Plan
+
+
+@dataclass
+class StepResult:
+    """What one forward pass gave: a token and perhaps log-probabilities for each request that reached its end,
+    log-probabilities of prompt tokens, and the requests whose logits were not finite."""
+
+    tokens: dict[Request, int] = field(default_factory=dict)
+    logprobs: dict[Request, TokenLogprob] = field(default_factory=dict)
+    prompt_logprobs: dict[Request, list[TokenLogprob]] = field(default_factory=dict)
+    failed: dict[Request, str] = field(default_factory=dict)
+
+
+class Runner:
+    """Owns the KV cache and the model; knows nothing of queues or text."""
+
+    def __init__(self, model: nn.Module, specs: list[AttentionSpec], backend: AttentionBackend, cache: KVCache):
+        self.model = model
+        self.specs = specs
+        self.backend = backend
+        self.cache = cache
+        self.device = cache.device
+        self._keeps_logits = bool(model._supports_logits_to_keep())
+
+    @torch.inference_mode()
+    def run(self, plan: Plan) -> StepResult:
+        """Run the chunks of a plan; keys and values are written, a token is sampled where a chunk reaches the end."""
+        ids, positions, batch = self._pack(plan)
+        rows = self._wanted_rows(plan)
+        logits = self._forward(ids, positions, batch, [row for _, row, _ in rows])
+        return self._read(rows, logits)
+
+    def _pack(self, plan: Plan) -> tuple[Tensor, Tensor, AttentionBatch]:
+        size = self.cache.block_size
+        ids: list[int] = []
+        positions, slots = [], []
+        tables = np.zeros((len(plan), max(len(chunk.request.blocks) for chunk in plan)), np.int32)
+        for row, chunk in enumerate(plan):
+            ids += chunk.request.ids(chunk.start, chunk.stop)
+            blocks = np.asarray(chunk.request.blocks, np.int64)
+            tables[row, : len(blocks)] = blocks
+            position = np.arange(chunk.start, chunk.stop)
+            positions.append(position)
+            slots.append(blocks[position // size] * size + position % size)
+        starts = np.cumsum([0] + [chunk.count for chunk in plan], dtype=np.int32)
+        lengths = np.asarray([chunk.stop for chunk in plan], np.int32)
+
+        def tensor(values: np.ndarray) -> Tensor:
+            return torch.from_numpy(values).to(self.device)
+
+        batch = AttentionBatch(
+            slots=tensor(np.concatenate(slots)),
+            block_tables=tensor(tables),
+            query_starts=tensor(starts),
+            kv_lens=tensor(lengths),
+            max_query=max(chunk.count for chunk in plan),
+            max_kv=int(lengths.max()),
+        )
+        return torch.tensor([ids], device=self.device), tensor(np.concatenate(positions))[None], batch
+
+    @staticmethod
+    def _wanted_rows(plan: Plan) -> list[tuple[Request, int, int | None]]:
+        """``(request, row, token)`` of every row whose logits are read; ``token`` is the prompt token to score there,
+        ``None`` where a new token is sampled."""
+        rows: list[tuple[Request, int, int | None]] = []
+        first = 0
+        for chunk in plan:
+            request = chunk.request
+            if request.scores_prompt:
+                last = min(chunk.stop, len(request.prompt) - 1)
+                for position in range(max(chunk.start, request.scored), last):
+                    rows.append((request, first + position - chunk.start, request.prompt[position + 1]))
+            if chunk.samples:
+                rows.append((request, first + chunk.count - 1, None))
+            first += chunk.count
+        return rows
+
+    def _forward(self, ids: Tensor, positions: Tensor, batch: AttentionBatch, rows: list[int]) -> Tensor:
+        """Logits ``[len(rows), vocabulary]`` in float32."""
+        keep = torch.tensor(rows or [0], device=self.device)
+        options = {"logits_to_keep": keep} if self._keeps_logits else {}
+        with forward_batch(batch, self.cache, self.backend, self.specs):
+            logits = self.model(input_ids=ids, position_ids=positions, use_cache=False, **options).logits[0]
+        return (logits if self._keeps_logits else logits[keep]).float()
+
+    @staticmethod
+    def _read(rows: list[tuple[Request, int, int | None]], logits: Tensor) -> StepResult:
+        result = StepResult()
+        if not rows:
+            return result
+        finite = logits.amax(-1).isfinite().tolist()
+        for (request, _, _), good in zip(rows, finite, strict=True):
+            if not good:
+                result.failed[request] = "the model's logits are NaN or infinite"
+        sampled = [i for i, (r, _, token) in enumerate(rows) if token is None and r not in result.failed]
+        if sampled:
+            requests = [rows[i][0] for i in sampled]
+            tokens = sample(logits[sampled], requests)
+            result.tokens = dict(zip(requests, tokens, strict=True))
+            for i, request, token in zip(sampled, requests, tokens, strict=True):
+                if request.params.logprobs is not None:
+                    result.logprobs[request] = logprobs_of(logits[i : i + 1], [token], request.params.logprobs)[0]
+        for request in {r for r, _, token in rows if token is not None and r not in result.failed}:
+            scored = [(i, token) for i, (r, _, token) in enumerate(rows) if r is request and token is not None]
+            index, tokens_there = zip(*scored, strict=True)
+            count = request.params.prompt_logprobs or 0
+            result.prompt_logprobs[request] = logprobs_of(logits[list(index)], tokens_there, count)
+        return result

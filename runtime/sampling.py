@@ -1,0 +1,84 @@
+"""From logits to token ids: one batched function, a random generator per request.
+
+Order and meaning of the filters are those of Transformers' logits processors: temperature, then top-k, top-p, min-p,
+each on what the one before left. One uniform number per sampled token, drawn from the request's own generator, picks the
+token by inverting the cumulative distribution; so a seed gives the same tokens whatever else is in the batch.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from runtime.request import Request, SamplingParams, TokenLogprob
+
+
+def generator_for(params: SamplingParams, index: int, fallback: random.Random) -> random.Random:
+    """The generator of sample ``index`` of a request: seeded by its own seed, or from the engine's generator."""
+    seed = fallback.getrandbits(63) if params.seed is None else params.seed
+    return random.Random(f"{seed}/{index}")
+
+
+def sample(logits: Tensor, requests: Sequence[Request]) -> list[int]:
+    """One token for each row of ``logits [rows, vocabulary]`` (float32, finite)."""
+    tokens = logits.argmax(-1)
+    drawn = [row for row, request in enumerate(requests) if not request.params.greedy]
+    if drawn:
+        params = [requests[row].params for row in drawn]
+        probabilities = filtered_probabilities(logits[drawn], params)
+        uniform = torch.tensor([requests[row].generator.random() for row in drawn], dtype=torch.float64)
+        tokens[drawn] = invert(probabilities, uniform.to(logits.device))
+    return tokens.tolist()
+
+
+def filtered_probabilities(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """The distribution each row is drawn from, ``float64 [rows, vocabulary]``; filtered tokens have probability 0."""
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
+
+    scores = logits.double() / column([max(p.temperature, 1e-6) for p in params])
+    vocabulary = scores.shape[-1]
+    top_k = [min(p.top_k, vocabulary) if p.top_k > 0 else vocabulary for p in params]
+    limited = [row for row, k in enumerate(top_k) if k < vocabulary]
+    if limited:
+        best = scores[limited].topk(max(top_k[row] for row in limited)).values
+        last = torch.tensor([top_k[row] - 1 for row in limited], device=logits.device)
+        threshold = best.gather(1, last[:, None])
+        scores[limited] = scores[limited].masked_fill(scores[limited] < threshold, -torch.inf)
+    nucleus = [row for row, p in enumerate(params) if p.top_p < 1]
+    if nucleus:
+        ordered, index = scores[nucleus].softmax(-1).sort(descending=True, stable=True)
+        # A token stays while the mass before it is below top_p, so the most likely one always does.
+        dropped = ordered.cumsum(-1) - ordered >= column([params[row].top_p for row in nucleus])
+        scores[nucleus] = scores[nucleus].masked_fill(dropped.scatter(1, index, dropped), -torch.inf)
+    probabilities = scores.softmax(-1)
+    floor = column([p.min_p for p in params]) * probabilities.amax(-1, keepdim=True)
+    probabilities = probabilities.masked_fill(probabilities < floor, 0)
+    return probabilities / probabilities.sum(-1, keepdim=True)
+
+
+def invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """The token whose slice of the cumulative distribution holds ``uniform [rows]``; never one of probability 0."""
+    cumulative = probabilities.cumsum(-1)
+    token = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]
+    # Rounding at the upper end could point past the last token that is possible.
+    last = probabilities.shape[-1] - 1 - (probabilities > 0).flip(-1).to(torch.uint8).argmax(-1)
+    return torch.minimum(token, last)
+
+
+def logprobs_of(logits: Tensor, tokens: Sequence[int], count: int) -> list[TokenLogprob]:
+    """For each row of ``logits [rows, vocabulary]``: the log-probability of its token, its rank from 1, and the ``count``
+    best."""
+    logprobs = logits.float().log_softmax(-1)
+    chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])
+    ranks = (logprobs > chosen).sum(-1) + 1
+    best = logprobs.topk(min(count, logprobs.shape[-1]), dim=-1) if count else None
+    rows = []
+    for row, token in enumerate(tokens):
+        top = tuple(zip(best.indices[row].tolist(), best.values[row].tolist(), strict=True)) if best else ()
+        rows.append(TokenLogprob(token, chosen[row, 0].item(), int(ranks[row]), top))
+    return rows

@@ -1,0 +1,125 @@
+"""Which tokens of which requests run in the next forward pass. Knows no torch.
+
+A decode is a chunk of one token: there are no phases. Decodes go first, so a long prompt never stalls them; what is left
+of the token budget goes to prompts, first come first served. When blocks run out the youngest request gives its blocks
+back and is computed again later (its tokens are kept), so the oldest always advances and nothing can block for ever.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from runtime.blocks import BlockPool
+from runtime.request import FinishReason, Request
+
+SCORED_ROWS = 256
+"""Longest chunk of a request whose prompt is scored: each of its rows costs a vocabulary of logits."""
+
+
+class Chunk(NamedTuple):
+    """Tokens ``start ... start + count`` of a request; if they are its last, a new token is sampled."""
+
+    request: Request
+    start: int
+    count: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.count
+
+    @property
+    def samples(self) -> bool:
+        return self.stop == len(self.request) and self.request.max_tokens > 0
+
+
+Plan = list[Chunk]
+
+
+class Scheduler:
+    """Requests wait in order of arrival, run together, and are forgotten when they end."""
+
+    def __init__(self, pool: BlockPool, max_batched_tokens: int, max_running: int):
+        self.pool = pool
+        self.max_batched_tokens = max_batched_tokens
+        # A decode needs one token of the budget: more running requests than that would starve the youngest.
+        self.max_running = min(max_running, max_batched_tokens)
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.preemptions = 0
+
+    def add(self, request: Request) -> None:
+        self.waiting.append(request)
+
+    def live(self) -> Iterator[Request]:
+        yield from self.running
+        yield from self.waiting
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    def schedule(self) -> Plan:
+        """The chunks of the next step, blocks already reserved; empty only if there is no work."""
+        budget = self.max_batched_tokens
+        plan: dict[Request, Chunk] = {}
+        decodes_first = sorted(self.running, key=lambda request: len(request) - request.computed > 1)
+        for request in decodes_first:
+            if budget and request in self.running and self._reserve(request, budget, plan):
+                budget = self.max_batched_tokens - sum(chunk.count for chunk in plan.values())
+        while budget and self.waiting and len(self.running) < self.max_running:
+            if not self._fits(self.waiting[0]):
+                break
+            request = self.waiting.popleft()
+            self.running.append(request)
+            self._reserve(request, budget, plan)
+            budget -= plan[request].count
+        return list(plan.values())
+
+    def _fits(self, request: Request) -> bool:
+        """Room for all of its tokens and one more; an emptier pool would only admit it to be preempted at once."""
+        return self.pool.blocks_for(len(request) + 1) <= self.pool.free or not self.running
+
+    def _reserve(self, request: Request, budget: int, plan: dict[Request, Chunk]) -> bool:
+        """Put the next chunk of ``request`` into the plan; the youngest others make room. ``False``: it went itself."""
+        count = min(len(request) - request.computed, budget)
+        if request.scores_prompt:
+            count = min(count, SCORED_ROWS)
+        while not self.pool.grow(request, request.computed + count):
+            victim = self.running[-1]
+            self._preempt(victim)
+            plan.pop(victim, None)
+            if victim is request:
+                return False
+        plan[request] = Chunk(request, request.computed, count)
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        self.running.remove(request)
+        self.pool.release(request)
+        self.waiting.appendleft(request)
+        self.preemptions += 1
+
+    def commit(self, plan: Plan, sampled: Mapping[Request, int]) -> dict[Request, FinishReason]:
+        """Record a finished step: appends the sampled tokens and returns the requests that ended, blocks released."""
+        ended: dict[Request, FinishReason] = {}
+        for request, _, count in plan:
+            request.computed += count
+            if request in sampled:
+                request.output.append(sampled[request])
+                reason = request.ended_by(sampled[request])
+            else:
+                reason = FinishReason.LENGTH if request.computed == len(request) else None
+            if reason is not None:
+                ended[request] = reason
+                self.remove(request)
+        return ended
+
+    def remove(self, request: Request) -> None:
+        """Forget a request in any state and free its blocks; one that is already gone is no error."""
+        if request in self.running:
+            self.running.remove(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+        self.pool.release(request)
