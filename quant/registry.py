@@ -44,7 +44,9 @@ def resolve(config: Mapping[str, Any], headers: Mapping[str, TensorSpec], asked:
     answers = [method for name in known_methods() if (method := method_class(name).from_checkpoint(config, headers))]
     known = ", ".join(known_methods())
     if not answers:
-        raise UnsupportedCheckpoint(f"quant_method {stored!r} is not supported; known: {known}. Use a copy of the model in one of these formats.")
+        raise UnsupportedCheckpoint(
+            f"quant_method {stored!r} is not supported; known: {known}. Use a copy of the model in one of these formats."
+        )
     if len(answers) > 1:
         names = " and ".join(method.name for method in answers)
         raise UnsupportedCheckpoint(f"quant_method {stored!r} is claimed by {names}; uninstall one of the plugins.")

@@ -125,11 +125,13 @@ def _pick(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]
 
 
 def generate(arguments: argparse.Namespace) -> int:
-    from runtime.llm import LLM
     from runtime.request import SamplingParams
 
     params = SamplingParams(**_pick(arguments, SAMPLING))
     prompts = read_prompts(arguments.prompt, arguments.prompt_file)
+
+    from runtime.llm import LLM
+
     llm = LLM(arguments.model_path, **_pick(arguments, LOADING + ENGINE))
     if not arguments.quiet:
         print(llm.report + "\n", file=sys.stderr)

@@ -17,10 +17,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from attention.hf import ATTENTION, UnsupportedAttention, batch_dependent_rope, record_specs
+from attention.base import AttentionError
+from attention.hf import NAME as ATTENTION
+from attention.hf import read_specs
 from attention.kv_cache import KVCache
+from attention.positions import batch_dependent_rope
 from attention.registry import select
-
 from runtime import guard
 from runtime.blocks import BlockPool
 from runtime.checkpoint import Checkpoint, locate
@@ -59,7 +61,7 @@ class Engine:
     def __init__(self, config: EngineConfig):
         self.config = config
         checkpoint = Checkpoint.open(config.model, config.revision)
-        plan, skeleton = make_plan(
+        plan = make_plan(
             checkpoint,
             dtype=config.dtype,
             device=config.device,
@@ -69,9 +71,9 @@ class Engine:
         )
         plan.require_complete()
         try:
-            specs = record_specs(skeleton)
+            specs = read_specs(plan.config, plan.trust_remote_code)
             selection = select(specs, plan.device, config.attention_backend)
-        except UnsupportedAttention as error:
+        except AttentionError as error:
             raise LoadError(f"{checkpoint.folder}: {error}") from error
         self.tokenizer = None if config.skip_tokenizer_init else _load_tokenizer(config, checkpoint)
         self.loaded = load(plan, ATTENTION)

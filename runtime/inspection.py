@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention.hf import UnsupportedAttention, record_specs
-from attention.registry import select
 
+from attention.base import UnsupportedAttention
+from attention.hf import read_specs
+from attention.registry import select
 from runtime.checkpoint import Checkpoint
 from runtime.plan import LoadPlan, make_plan
 from runtime.report import attention_lines, inspect_data, inspect_text
@@ -43,7 +44,7 @@ def inspect(
     """What loading ``model`` would do: every module's format, kernel and bytes, what stays dense and why, tensors without
     an owner. Raises :class:`LoadError` if it cannot be loaded at all; an attention that the engine cannot serve is
     reported, not raised, because ``load_model`` does not need it."""
-    plan, skeleton = make_plan(
+    plan = make_plan(
         Checkpoint.open(model, revision),
         dtype=dtype,
         device=device,
@@ -52,7 +53,7 @@ def inspect(
         trust_remote_code=trust_remote_code,
     )
     try:
-        specs = record_specs(skeleton)
+        specs = read_specs(plan.config, plan.trust_remote_code)
         lines = attention_lines(specs, select(specs, plan.device, attention_backend))
     except UnsupportedAttention as error:
         lines = [("attention", f"the engine cannot serve this model: {error}")]

@@ -135,7 +135,7 @@ def load_model(
     chooses what multiplies. Raises :class:`LoadError`.
     """
     checkpoint = Checkpoint.open(path, revision)
-    plan, _ = make_plan(
+    plan = make_plan(
         checkpoint,
         dtype=dtype,
         device=device,

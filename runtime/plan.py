@@ -113,8 +113,8 @@ def make_plan(
     quantization: str | None = None,
     kernel: str | None = None,
     trust_remote_code: bool = False,
-) -> tuple[LoadPlan, nn.Module]:
-    """The plan, and the model's tree on the meta device.
+) -> LoadPlan:
+    """The plan for a checkpoint on a device.
 
     ``quantization`` confirms the checkpoint's format, ``kernel`` chooses the kernel; neither affects the other. Raises
     :class:`LoadError`; tensors without owner or source are left to :meth:`LoadPlan.require_complete`.
@@ -132,10 +132,9 @@ def make_plan(
     quantized = {name: module.stored for name, module in modules.items() if module.scheme is not None}
     account = balance(checkpoint, model, headers, quantized)
     other = _other_bytes(model, modules, precision)
-    plan = LoadPlan(
+    return LoadPlan(
         checkpoint, config, precision, note, place, trust_remote_code, method, modules, other, account
     )  # fmt: skip
-    return plan, model
 
 
 def _resolve_method(checkpoint: Checkpoint, headers: Mapping[str, TensorSpec], asked: str | None) -> QuantMethod | None:

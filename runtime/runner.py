@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
+from torch import Tensor, nn
+
 from attention.base import AttentionBackend, AttentionBatch, AttentionSpec
 from attention.hf import forward_batch
 from attention.kv_cache import KVCache
-from torch import Tensor, nn
-
 from runtime.request import Request, TokenLogprob
 from runtime.sampling import logprobs_of, sample
 from runtime.scheduler import Plan
@@ -39,7 +38,7 @@ class Runner:
         self.specs = specs
         self.backend = backend
         self.cache = cache
-        self.device = cache.device
+        self.device = cache.k[0].device
         self._keeps_logits = bool(model._supports_logits_to_keep())
 
     @torch.inference_mode()
@@ -51,32 +50,15 @@ class Runner:
         return self._read(rows, logits)
 
     def _pack(self, plan: Plan) -> tuple[Tensor, Tensor, AttentionBatch]:
-        size = self.cache.block_size
-        ids: list[int] = []
-        positions, slots = [], []
-        tables = np.zeros((len(plan), max(len(chunk.request.blocks) for chunk in plan)), np.int32)
-        for row, chunk in enumerate(plan):
-            ids += chunk.request.ids(chunk.start, chunk.stop)
-            blocks = np.asarray(chunk.request.blocks, np.int64)
-            tables[row, : len(blocks)] = blocks
-            position = np.arange(chunk.start, chunk.stop)
-            positions.append(position)
-            slots.append(blocks[position // size] * size + position % size)
-        starts = np.cumsum([0] + [chunk.count for chunk in plan], dtype=np.int32)
-        lengths = np.asarray([chunk.stop for chunk in plan], np.int32)
-
-        def tensor(values: np.ndarray) -> Tensor:
-            return torch.from_numpy(values).to(self.device)
-
-        batch = AttentionBatch(
-            slots=tensor(np.concatenate(slots)),
-            block_tables=tensor(tables),
-            query_starts=tensor(starts),
-            kv_lens=tensor(lengths),
-            max_query=max(chunk.count for chunk in plan),
-            max_kv=int(lengths.max()),
+        batch = AttentionBatch.pack(
+            queries=[chunk.count for chunk in plan],
+            kv_lens=[chunk.stop for chunk in plan],
+            tables=[chunk.request.blocks for chunk in plan],
+            block_size=self.cache.block_size,
+            device=self.device,
         )
-        return torch.tensor([ids], device=self.device), tensor(np.concatenate(positions))[None], batch
+        ids = [token for chunk in plan for token in chunk.request.ids(chunk.start, chunk.stop)]
+        return torch.tensor([ids], device=self.device), batch.positions()[None], batch
 
     @staticmethod
     def _wanted_rows(plan: Plan) -> list[tuple[Request, int, int | None]]:

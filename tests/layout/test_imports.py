@@ -45,7 +45,9 @@ def test_nothing_imports_against_the_direction(folder: str) -> None:
 
 
 def test_only_one_file_of_attention_knows_transformers() -> None:
-    knowing = {path.name for path in (ROOT / "attention").rglob("*.py") if "transformers" in map(first, imports_of(path))}
+    knowing = {
+        path.name for path in (ROOT / "attention").rglob("*.py") if "transformers" in map(first, imports_of(path))
+    }
     assert knowing == {"hf.py"}
 
 

@@ -111,7 +111,10 @@ def test_contradictions_name_module_and_entry() -> None:
     cases = [
         (make(headers=without("a.qzeros")), "a: qzeros is missing.*zero_point: true"),
         (make(headers=without("a.qweight")), "a: scales is there but qweight is missing"),
-        (make(headers=HEADERS | {"a.weight": TensorSpec((24, 64), torch.float16)}), "a: both qweight and a dense weight"),
+        (
+            make(headers=HEADERS | {"a.weight": TensorSpec((24, 64), torch.float16)}),
+            "a: both qweight and a dense weight",
+        ),
         (make({"modules_to_not_convert": ["a"]}), "a: qweight is stored, but modules_to_not_convert lists 'a'"),
         (make({"group_size": 48}), "a: group 48 does not divide 64 inputs.*group_size"),
     ]

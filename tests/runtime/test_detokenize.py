@@ -31,7 +31,13 @@ def run(tokenizer: Any, ids: list[int], stop: tuple[str, ...] = (), **options: A
     return [*emitted, detokenizer.flush()], None
 
 
-TEXTS = ["\n    return x + 1\n", " 🙂🙂 naïve — “quoted” 漢字\n", "\t\t  \n\n", "a" * 50, "x" + "\N{COMBINING ACUTE ACCENT}" * 5]
+TEXTS = [
+    "\n    return x + 1\n",
+    " 🙂🙂 naïve — “quoted” 漢字\n",
+    "\t\t  \n\n",
+    "a" * 50,
+    "x" + "\N{COMBINING ACUTE ACCENT}" * 5,
+]
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from runtime.request import Request, SamplingParams
 from runtime.sampling import filtered_probabilities, generator_for, invert, logprobs_of, sample
@@ -55,7 +61,10 @@ def test_a_seed_does_not_depend_on_batch_mates() -> None:
     logits = torch.randn(20, 500)
     alone = request_with(11)
     expected = [sample(row[None], [alone])[0] for row in logits]
-    watched, mates = request_with(11), [request_with(None), request_with(3, top_p=0.5), request_with(4, temperature=0.0)]
+    watched, mates = (
+        request_with(11),
+        [request_with(None), request_with(3, top_p=0.5), request_with(4, temperature=0.0)],
+    )
     for step, row in enumerate(logits):
         place = step % 4
         batch = [*mates[:place], watched, *mates[place:]]

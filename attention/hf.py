@@ -1,0 +1,230 @@
+"""The seam to Transformers: attention of an unmodified model arrives here, one call after another.
+
+Importing this module registers one attention function under the plain word :data:`NAME` and no mask function, so that a
+model built with ``attn_implementation=NAME`` makes no mask and hands every layer's queries, keys and values to
+:func:`attention`. What happens to them depends on the forward that is under way, which travels in a context variable
+because some models drop keyword arguments on their way down:
+
+* inside :func:`forward_batch` they go to a backend. Calls are numbered in the order in which they come, and each must
+  be what was recorded under its number;
+* inside :func:`read_specs` and :func:`record_specs` they are recorded;
+* anywhere else they are an error.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from attention.base import AttentionBackend, AttentionBatch, AttentionError, AttentionSpec, UnsupportedAttention
+from attention.call import Call, Forward
+from attention.kv_cache import KVCache
+from attention.positions import retemper, tempers_rows
+from attention.recording import MaskedRecording, Recording, without_data
+
+NAME = "relinear"  # Transformers reads a meaning into names with "flash", "sdpa", "paged|" or a slash
+
+_current: ContextVar[Forward | None] = ContextVar("attention_forward", default=None)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The function that Transformers calls: [1, T, H, Dv], and no attention weights."""
+    forward = _current.get()
+    if forward is None:
+        raise AttentionError(
+            "this model was loaded for the engine's paged attention and cannot be called by itself; "
+            "to call it, load it with load_model(..., attn_implementation='sdpa')"
+        )
+    call = Call(module, query, key, value, attention_mask, dropout, scaling, kwargs)
+    if (refusal := call.refusal()) is not None:
+        raise UnsupportedAttention(f"{forward.describe(module)}: {refusal}")
+    return forward.attend(call), None
+
+
+AttentionInterface.register(NAME, attention)
+
+
+@contextmanager
+def forward_batch(
+    batch: AttentionBatch, cache: KVCache, backend: AttentionBackend, specs: Sequence[AttentionSpec]
+) -> Iterator[None]:
+    """Let ``backend`` answer the attention calls of one packed forward of the model whose ``specs`` were recorded."""
+    forward = _Serving(batch, cache, backend, specs)
+    with _under_way(forward):
+        yield
+    if forward.calls != len(specs):
+        raise AttentionError(f"this forward made {forward.calls} attention calls, the recorded one {len(specs)}")
+
+
+class _Serving(Forward):
+    def __init__(
+        self, batch: AttentionBatch, cache: KVCache, backend: AttentionBackend, specs: Sequence[AttentionSpec]
+    ) -> None:
+        self.batch, self.cache, self.backend, self.specs = batch, cache, backend, specs
+        self.calls = 0
+
+    def describe(self, module: nn.Module) -> str:
+        return f"attention call {self.calls} ({type(module).__name__}, layer {getattr(module, 'layer_idx', '?')})"
+
+    def attend(self, call: Call) -> Tensor:
+        if call.mask is not None:
+            raise UnsupportedAttention(f"{self.describe(call.module)}: it brings an attention mask")
+        if self.calls == len(self.specs):
+            raise AttentionError(f"{self.describe(call.module)}: the recorded forward made only {self.calls} calls")
+        spec = self.specs[self.calls]
+        seen = call.spec(call.options.get("sliding_window", spec.window), spec.chunk)
+        if seen != spec:
+            raise AttentionError(f"{self.describe(call.module)}: it is {seen}, but {spec} was recorded")
+        if call.q.shape[2] != self.batch.slots.shape[0]:
+            raise AttentionError(f"{call.q.shape[2]} tokens came, the batch describes {self.batch.slots.shape[0]}")
+
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (call.q, call.k, call.v))  # [T, H, D]
+        if tempers_rows(call.module):
+            q = retemper(call.module, q, self.batch.positions())
+        out = self.backend.forward(self.calls, spec, q, k, v, self.batch, self.cache, call.sinks)
+        self.calls += 1
+        return out[None]
+
+
+def read_specs(config: PreTrainedConfig, trust_remote_code: bool = False) -> list[AttentionSpec]:
+    """The spec of every attention call of the causal LM that ``config`` describes, in call order. No weight is read."""
+    config = deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # how weights are stored does not concern attention
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation=NAME, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:
+        raise UnsupportedAttention(
+            f"{config.model_type}: no causal language model with exchangeable attention can be built from its config "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    return record_specs(model)
+
+
+def record_specs(model: PreTrainedModel) -> list[AttentionSpec]:
+    """The same for a model that was built with ``attn_implementation=NAME``, which is left as it was."""
+    plain, masked = Recording(model), MaskedRecording(model)
+    with _recording_lock, _explained(model), without_data(model):
+        text = model.config.get_text_config(decoder=True)
+        cache = DynamicCache(config=text)
+        _require_kv_only(cache)
+        _require_positions(model)
+        _run(model, plain, use_cache=False)
+        _require_calls(len(plain.specs), text.num_hidden_layers)
+        with _meaningful_masks():
+            _run(model, masked, use_cache=True, past_key_values=cache)
+        _require_kv_only(cache)  # layers may have joined
+        if [replace(spec, window=None, chunk=None) for spec in masked.specs] != plain.specs:
+            raise UnsupportedAttention("it attends differently with a cache of Transformers than without one")
+    return masked.specs
+
+
+_TOKENS = 7  # of a recording: enough to be a prefill, and no likely number of anything else
+_KV_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
+_recording_lock = threading.Lock()  # a mask function is registered for the whole process
+
+
+def _require_kv_only(cache: DynamicCache) -> None:
+    states = [name for layer in cache.layers if (name := type(layer).__name__) not in _KV_LAYERS]
+    if states:
+        raise UnsupportedAttention(
+            f"{len(states)} of its {len(cache.layers)} layers keep a state other than keys and values "
+            f"({', '.join(sorted(set(states)))}); recurrent, hybrid and indexed attention are not supported yet"
+        )
+
+
+def _require_positions(model: PreTrainedModel) -> None:
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    if not any("position_ids" in inspect.signature(part.forward).parameters for part in models):
+        raise UnsupportedAttention("it takes no position_ids, so packed sequences would share their positions")
+    if any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules()):
+        raise UnsupportedAttention("its positions count from its padding index, not from 0")
+
+
+def _require_calls(calls: int, layers: int) -> None:
+    if calls == 0:
+        raise UnsupportedAttention("no layer calls the attention function: the model has attention of its own")
+    if calls < layers:
+        raise UnsupportedAttention(
+            f"its {layers} layers call the attention function only {calls} times; "
+            "layers that are recurrent or have attention of their own are not supported yet"
+        )
+
+
+def _run(model: PreTrainedModel, recording: Recording, **options: Any) -> None:
+    tokens = torch.zeros(1, _TOKENS, dtype=torch.long, device=model.device)
+    with _under_way(recording), recording.ranges, torch.no_grad():
+        model(tokens, position_ids=torch.zeros_like(tokens), **options)
+
+
+@contextmanager
+def _explained(model: PreTrainedModel) -> Iterator[None]:
+    """Say which model is refused, and turn whatever fails in it without data into a refusal."""
+    kind = type(model).__name__
+    try:
+        yield
+    except UnsupportedAttention as error:
+        raise UnsupportedAttention(f"{kind}: {error}") from error
+    except Exception as error:
+        reason = f"a forward without data failed ({type(error).__name__}: {error})"
+        raise UnsupportedAttention(f"{kind}: {reason}") from error
+
+
+@contextmanager
+def _under_way(forward: Forward) -> Iterator[None]:
+    token = _current.set(forward)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+@contextmanager
+def _meaningful_masks() -> Iterator[None]:
+    """Let masked recordings make the masks of models of ours; every other forward still gets none."""
+
+    def mask(**kwargs: Any) -> Tensor | None:
+        recording = _current.get()
+        if not isinstance(recording, MaskedRecording):
+            return None
+        return recording.mask(
+            kwargs["mask_function"],
+            kwargs.get("local_size"),
+            chunk=getattr(kwargs["config"], "attention_chunk_size", None),
+            overlaid=kwargs["use_vmap"],
+        )
+
+    AttentionMaskInterface.register(NAME, mask)
+    try:
+        yield
+    finally:
+        AttentionMaskInterface._global_mapping.pop(NAME)

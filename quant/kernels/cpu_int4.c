@@ -1,0 +1,405 @@
+// y = x W^T + bias for 4-bit W, exactly: codes are multiplied as the integers they are, the scale and the zero point are
+// applied once a group in float32, and sums are float32.
+//
+// The weight ("cpu-int4", made by cpu.py). Outputs come in tiles of 16, one to a vector lane; inputs in groups padded to
+// `padded`, a multiple of 8:
+//     q     uint32 [tile][group][padded / 8][lane]   eight codes: input 2s + h in bits 16h + 4s, as code - 8 in two's
+//                                                     complement, so that a shift and a 32-entry table give bf16 pairs
+//     scale        [tile][group][lane]                float32, or the 16-bit type of the checkpoint
+//     zero  uint8  [tile][group][lane]                null: 8
+// so y[n] = sum over groups of scale * (sum x * (code - 8) + (8 - zero) * sum x).
+//
+// x is packed first, a block of rows at a time, into the order in which a path below reads it, permuted for act-order.
+// Every path is one row of `paths`; the caller picks one that `detect` allows.
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__x86_64__) && defined(__has_include)
+#if __has_include(<amxbf16intrin.h>)
+#define X86 1
+#include <cpuid.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+enum { LANES = 16, PAIR = 2 * LANES, ROWS = 8, SLAB = 128, PASS = 128, ALL = 1 << 30, AHEAD = 512 };
+enum { FLOAT32, BFLOAT16, FLOAT16 };
+
+typedef struct {
+    const uint32_t *q;
+    const void *scale;
+    const uint8_t *zero;
+    const int32_t *order;
+    const void *x, *bias;  // float32 or bfloat16, as y
+    void *y;
+    int64_t type, scale_type, rows, pieces, outputs, inputs, group, padded;
+    // Filled in here:
+    int64_t groups, row_limit;
+    void *packed;  // x as the path wants it
+    float *sums;   // [group][row_limit]: sums of x, for the zero points
+} Job;
+
+INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+INLINE float as_float(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+INLINE uint32_t as_bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+
+INLINE uint16_t to_bf16(float value) {
+    uint32_t bits = as_bits(value);
+    return value != value ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+INLINE float from_bf16(uint16_t bits) { return as_float((uint32_t)bits << 16); }
+
+// Finite values only: scales.
+INLINE float from_f16(uint16_t bits) {
+    float magnitude = as_float((uint32_t)(bits & 0x7fff) << 13) * 0x1p112f;
+    return as_float(as_bits(magnitude) | (uint32_t)(bits & 0x8000) << 16);
+}
+
+INLINE const uint32_t *codes(const Job *job, int64_t tile, int64_t group) {
+    return job->q + (tile * job->groups + group) * job->padded / 8 * LANES;
+}
+
+INLINE void load_scales(const Job *job, int64_t tile, int64_t group, float *scale, float *offset) {
+    int64_t at = (tile * job->groups + group) * LANES;
+    const uint16_t *half = (const uint16_t *)job->scale + at;
+    if (job->scale_type == FLOAT32)
+        memcpy(scale, (const float *)job->scale + at, LANES * 4);
+    else if (job->scale_type == BFLOAT16)
+        for (int i = 0; i < LANES; i++) scale[i] = from_bf16(half[i]);
+    else
+        for (int i = 0; i < LANES; i++) scale[i] = from_f16(half[i]);
+    for (int i = 0; i < LANES; i++) offset[i] = job->zero ? 8 - job->zero[at + i] : 0;
+}
+
+// `count` <= 32 values of one row of x from position `at` of a group; zero where there is padding. Returns their sum.
+INLINE float load_x(const Job *job, int64_t row, int64_t group, int64_t at, int count, float *values) {
+    int64_t first = group * job->group + at;
+    int present = row < job->rows ? (int)min(count, min(job->group - at, job->inputs - first)) : 0;
+    const float *full = (const float *)job->x + row * job->inputs;
+    const uint16_t *half = (const uint16_t *)job->x + row * job->inputs;
+    if (job->order)
+        for (int i = 0; i < present; i++) {
+            int64_t k = job->order[first + i];
+            values[i] = job->type == BFLOAT16 ? from_bf16(half[k]) : full[k];
+        }
+    else if (job->type == BFLOAT16)
+        for (int i = 0; i < present; i++) values[i] = from_bf16(half[first + i]);
+    else
+        for (int i = 0; i < present; i++) values[i] = full[first + i];
+    for (int i = present < 0 ? 0 : present; i < count; i++) values[i] = 0;
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int i = 0; i < count; i++) sum += values[i];
+    return sum;
+}
+
+// One row of a pair of tiles to y.
+INLINE void store_y(const Job *job, int64_t row, int64_t pair, const float *values) {
+    int64_t first = pair * PAIR;
+    int count = (int)min(PAIR, job->outputs - first);
+    if (job->type == BFLOAT16) {
+        const uint16_t *bias = job->bias ? (const uint16_t *)job->bias + first : 0;
+        uint16_t *y = (uint16_t *)job->y + row * job->outputs + first;
+        for (int i = 0; i < count; i++) y[i] = to_bf16(values[i] + (bias ? from_bf16(bias[i]) : 0));
+    } else {
+        const float *bias = job->bias ? (const float *)job->bias + first : 0;
+        float *y = (float *)job->y + row * job->outputs + first;
+        for (int i = 0; i < count; i++) y[i] = values[i] + (bias ? bias[i] : 0);
+    }
+}
+
+// One group of one tile of the dense weight to y [inputs][outputs], in the layer's input order.
+INLINE void dequantize_group(const Job *job, int64_t tile, int64_t group) {
+    float scale[LANES], offset[LANES];
+    load_scales(job, tile, group, scale, offset);
+    const uint32_t *words = codes(job, tile, group);
+    int64_t first = group * job->group, count = min(job->group, job->inputs - first);
+    for (int64_t i = 0; i < count; i++) {
+        const uint32_t *word = words + i / 8 * LANES;
+        int shift = 28 - (i % 2 * 16 + i % 8 / 2 * 4);
+        int64_t to = (job->order ? job->order[first + i] : first + i) * job->outputs + tile * LANES;
+        float values[LANES];
+        for (int n = 0; n < LANES; n++) values[n] = (((int32_t)(word[n] << shift) >> 28) + offset[n]) * scale[n];
+        if (job->type == BFLOAT16)
+            for (int n = 0; n < LANES; n++) ((uint16_t *)job->y)[to + n] = to_bf16(values[n]);
+        else
+            memcpy((float *)job->y + to, values, sizeof values);
+    }
+}
+
+// The rows that are packed and multiplied together, rounded up to a size there is code for.
+INLINE int block_rows(const Job *job, int64_t block) {
+    int64_t left = job->rows - block * ROWS;
+    return left > 4 ? ROWS : left > 2 ? 4 : (int)left;
+}
+
+#define FMA_DECODE(words, step, vector) \
+    __builtin_convertvector((words << (28 - (step % 2 * 16 + step / 2 * 4))) >> 28, vector)
+
+#define NAME(x) x##_portable
+#define TARGET
+#define WIDTH 4
+#define Element float
+#define CODES 1
+#define PACK(values) (values)[0]
+#define DECODE(words, step) FMA_DECODE(words, step, Vector_portable)
+#define MULTIPLY(sum, x, codes) sum + x * codes
+#include "cpu_int4_rows.h"
+
+static void dequantize_portable(const Job *job, int64_t tile, int64_t group) {
+    dequantize_group(job, tile, group);
+}
+
+#ifdef X86
+#define TARGETS(features) __attribute__((target(features)))
+#define AVX512_FEATURES "avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512"
+#define AVX2 TARGETS("avx2,fma")
+#define AVX512 TARGETS(AVX512_FEATURES)
+#define BF16 TARGETS("avx512bf16," AVX512_FEATURES)
+#define AMX TARGETS("amx-tile,amx-bf16," AVX512_FEATURES)
+
+#define NAME(x) x##_avx2
+#define TARGET AVX2
+#define WIDTH 8
+#define Element float
+#define CODES 1
+#define PACK(values) (values)[0]
+#define DECODE(words, step) FMA_DECODE(words, step, Vector_avx2)
+#define MULTIPLY(sum, x, codes) sum + x * codes
+#include "cpu_int4_rows.h"
+
+static const float float_of_nibble[16] __attribute__((aligned(64))) = {0,  1,  2,  3,  4,  5,  6,  7,
+                                                                       -8, -7, -6, -5, -4, -3, -2, -1};
+
+#define NAME(x) x##_avx512
+#define TARGET AVX512
+#define WIDTH 16
+#define Element float
+#define CODES 1
+#define PACK(values) (values)[0]
+#define DECODE(words, step) \
+    (Vector_avx512) _mm512_permutexvar_ps(_mm512_srli_epi32((__m512i)words, step % 2 * 16 + step / 2 * 4), \
+                                          _mm512_load_ps(float_of_nibble))
+#define MULTIPLY(sum, x, codes) sum + x * codes
+#include "cpu_int4_rows.h"
+
+AVX2 static void dequantize_avx2(const Job *job, int64_t tile, int64_t group) {
+    dequantize_group(job, tile, group);
+}
+
+AVX512 static void dequantize_avx512(const Job *job, int64_t tile, int64_t group) {
+    dequantize_group(job, tile, group);
+}
+
+// bf16 of -8 ... 7 by two's complement nibble, twice: a nibble's neighbour may sit in the index's fifth bit.
+#define N16 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, \
+            0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80
+static const uint16_t bf16_of_nibble[32] __attribute__((aligned(64))) = {N16, N16};
+
+AVX512 INLINE __m512i bf16_pairs(__m512i words, const int step) {
+    return _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * step), _mm512_load_si512(bf16_of_nibble));
+}
+
+#define NAME(x) x##_bf16
+#define TARGET BF16
+#define WIDTH 16
+#define Element uint32_t
+#define CODES 2
+#define PACK(values) (as_bits((values)[0]) >> 16 | (as_bits((values)[1]) & 0xffff0000))
+#define DECODE(words, step) bf16_pairs((__m512i)words, step)
+#define MULTIPLY(sum, x, codes) (Vector_bf16) _mm512_dpbf16_ps((__m512)sum, (__m512bh)codes, (__m512bh)_mm512_set1_epi32(x))
+#include "cpu_int4_rows.h"
+
+// AMX: blocks of 16 rows, x as tiles of 16 rows x 32 inputs. float32 x is the exact sum of three bf16 `pieces` (float16
+// of two), each multiplied into the same accumulator.
+AMX static void pack_amx(const Job *job, int64_t block, int64_t group) {
+    enum { TILE = LANES * 32 };
+    uint16_t *to = (uint16_t *)job->packed + (block * job->groups + group) * job->padded / 32 * job->pieces * TILE;
+    for (int r = 0; r < LANES; r++) {
+        float sum = 0, values[32];
+        for (int64_t at = 0; at < job->padded; at += 32) {
+            sum += load_x(job, block * LANES + r, group, at, 32, values);
+            for (int piece = 0; piece < job->pieces; piece++) {
+                uint16_t *tile = to + (at / 32 * job->pieces + piece) * TILE + r * 32;
+                for (int i = 0; i < 32; i++) {
+                    tile[i] = as_bits(values[i]) >> 16;
+                    values[i] -= from_bf16(tile[i]);
+                }
+            }
+        }
+        job->sums[group * job->row_limit + block * LANES + r] = sum;
+    }
+}
+
+AMX static void run_amx(const Job *job, int64_t pair, int64_t first, int64_t last) {
+    enum { TILE = LANES * 32 };
+    struct {
+        uint8_t palette, start, reserved[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } config = {.palette = 1};
+    for (int i = 0; i < 8; i++) {
+        config.bytes[i] = 64;
+        config.rows[i] = i == 4 || i == 5 ? LANES : (uint8_t)min(LANES, last - first);
+    }
+    _tile_loadconfig(&config);
+
+    float total[PASS][PAIR] __attribute__((aligned(64)));
+    float product[2 * LANES][PAIR] __attribute__((aligned(64)));
+    uint16_t weight[2][SLAB / 32 * TILE] __attribute__((aligned(64)));
+    memset(total, 0, (last - first) * sizeof *total);
+    int64_t blocks = (last - first + LANES - 1) / LANES;
+    int64_t row_bytes = job->groups * job->padded * LANES * 2 * job->pieces;
+    for (int64_t group = 0; group < job->groups; group++) {
+        const float *sums = job->sums + group * job->row_limit + first;
+        float scales[PAIR], offsets[PAIR];
+        load_scales(job, 2 * pair, group, scales, offsets);
+        load_scales(job, 2 * pair + 1, group, scales + LANES, offsets + LANES);
+        for (int64_t at = 0; at < job->padded; at += SLAB) {
+            int tiles = (int)min(SLAB, job->padded - at) / 32;
+            for (int half = 0; half < 2; half++) {
+                const uint32_t *words = codes(job, 2 * pair + half, group) + at / 8 * LANES;
+                for (int i = 0; i < tiles * 4; i++) {
+                    __m512i word = _mm512_loadu_si512(words + i * LANES);
+                    __builtin_prefetch(words + i * LANES + AHEAD);
+                    UNROLL for (int step = 0; step < 4; step++)
+                        _mm512_store_si512(weight[half] + (i * 4 + step) * 32, bf16_pairs(word, step));
+                }
+            }
+            for (int64_t block = 0; block < blocks; block += 2) {
+                int two = block + 1 < blocks;
+                const char *x = (const char *)job->packed + (first / LANES + block) * row_bytes +
+                                (group * job->padded + at) * LANES * 2 * job->pieces;
+                _tile_zero(0);
+                _tile_zero(1);
+                _tile_zero(2);
+                _tile_zero(3);
+                for (int i = 0; i < tiles; i++) {
+                    _tile_loadd(4, weight[0] + i * TILE, 64);
+                    _tile_loadd(5, weight[1] + i * TILE, 64);
+                    for (int piece = 0; piece < job->pieces; piece++, x += 2 * TILE) {
+                        _tile_loadd(6, x, 64);
+                        _tile_dpbf16ps(0, 6, 4);
+                        _tile_dpbf16ps(1, 6, 5);
+                        if (two) {
+                            _tile_loadd(7, x + row_bytes, 64);
+                            _tile_dpbf16ps(2, 7, 4);
+                            _tile_dpbf16ps(3, 7, 5);
+                        }
+                    }
+                }
+                _tile_stored(0, product[0], 128);
+                _tile_stored(1, product[0] + LANES, 128);
+                if (two) {
+                    _tile_stored(2, product[LANES], 128);
+                    _tile_stored(3, product[LANES] + LANES, 128);
+                }
+                int64_t rows = min(2 * LANES, last - first - block * LANES);
+                for (int64_t r = 0; r < rows; r++) {
+                    float sum = at ? 0 : sums[block * LANES + r];
+                    for (int n = 0; n < PAIR; n += LANES) {
+                        Vector_avx512 *to = (Vector_avx512 *)(total[block * LANES + r] + n);
+                        Vector_avx512 from = *(Vector_avx512 *)(product[r] + n);
+                        *to += *(Vector_avx512 *)(scales + n) * (from + *(Vector_avx512 *)(offsets + n) * sum);
+                    }
+                }
+            }
+        }
+    }
+    _tile_release();
+    for (int64_t row = first; row < last; row++) store_y(job, row, pair, total[row - first]);
+}
+#endif
+
+// A path packs `block` rows at a time and multiplies `pass` rows at a time.
+static const struct {
+    void (*pack)(const Job *job, int64_t block, int64_t group);
+    void (*run)(const Job *job, int64_t pair, int64_t first, int64_t last);
+    void (*dequantize)(const Job *job, int64_t tile, int64_t group);
+    int64_t block, pass;
+} paths[] = {
+    {pack_portable, run_portable, dequantize_portable, ROWS, ALL},
+#ifdef X86
+    {pack_avx2, run_avx2, dequantize_avx2, ROWS, ALL},
+    {pack_avx512, run_avx512, dequantize_avx512, ROWS, ALL},
+    {pack_bf16, run_bf16, dequantize_avx512, ROWS, ALL},
+    {pack_amx, run_amx, dequantize_avx512, LANES, PASS},
+#endif
+};
+
+// The last path that this machine can run; it can run all before that too.
+int detect(void) {
+#ifdef X86
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+    if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||
+        !__builtin_cpu_supports("avx512vl"))
+        return 1;
+    if (!__builtin_cpu_supports("avx512bf16")) return 2;
+    enum { AMX_FEATURES = 1 << 22 | 1 << 24, REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
+    unsigned a, b, c, d = 0;
+    __get_cpuid_count(7, 0, &a, &b, &c, &d);
+    if ((d & AMX_FEATURES) != AMX_FEATURES || syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA)) return 3;
+    return 4;
+#else
+    return 0;
+#endif
+}
+
+int openmp =
+#ifdef _OPENMP
+    1;
+#else
+    0;
+#endif
+
+// Returns 0, or 1 if there is no memory for x.
+int linear(int path, int threads, const Job *given) {
+    Job job = *given;
+    job.groups = (job.inputs + job.group - 1) / job.group;
+    job.row_limit = round_up(job.rows, LANES);
+    int64_t values = job.row_limit * job.groups, bytes = values * job.padded * (job.pieces > 2 ? 6 : 4);
+    job.packed = aligned_alloc(64, round_up(bytes + values * 4, 64));
+    if (!job.packed) return 1;
+    job.sums = (float *)((char *)job.packed + bytes);
+    int64_t block = paths[path].block, blocks = (job.rows + block - 1) / block;
+    int64_t pass = paths[path].pass, passes = (job.rows + pass - 1) / pass;
+    int64_t pairs = (job.outputs + PAIR - 1) / PAIR;
+#pragma omp parallel for num_threads(threads) if (job.rows > ROWS)
+    for (int64_t i = 0; i < blocks * job.groups; i++) paths[path].pack(&job, i / job.groups, i % job.groups);
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (int64_t i = 0; i < passes * pairs; i++) {
+        int64_t first = i / pairs * pass;
+        paths[path].run(&job, i % pairs, first, min(job.rows, first + pass));
+    }
+    free(job.packed);
+    return 0;
+}
+
+// The dense weight of `outputs`, a multiple of 16, to y [inputs][outputs], in the layer's input order.
+void dequantize(int path, int threads, const Job *given) {
+    Job job = *given;
+    job.groups = (job.inputs + job.group - 1) / job.group;
+    int64_t tiles = job.outputs / LANES;
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < tiles * job.groups; i++) paths[path].dequantize(&job, i % tiles, i / tiles);
+}

@@ -1,0 +1,76 @@
+// One path of cpu_int4.c that multiplies vectors of outputs by single inputs, for the instruction set that the includer
+// names by these macros:
+//     NAME(x) TARGET           suffix and target attribute of every function
+//     WIDTH                    outputs in one vector
+//     Element CODES            what is packed of x, and how many inputs that is: a float, or a pair of bf16
+//     PACK(values)             an Element from `values`
+//     DECODE(words, step)      codes step * CODES, ... of every lane, ready to be multiplied
+//     MULTIPLY(sum, x, codes)  sum + x * codes
+
+typedef float NAME(Vector) __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef int32_t NAME(Words) __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+
+TARGET static void NAME(pack)(const Job *job, int64_t block, int64_t group) {
+    int rows = block_rows(job, block);
+    Element *to = (Element *)job->packed + (block * ROWS * job->groups + group * rows) * job->padded / CODES;
+    for (int r = 0; r < rows; r++) {
+        float sum = 0, values[8];
+        for (int64_t at = 0; at < job->padded; at += 8) {
+            sum += load_x(job, block * ROWS + r, group, at, 8, values);
+            for (int i = 0; i < 8; i += CODES) to[(at + i) / CODES * rows + r] = PACK(values + i);
+        }
+        job->sums[group * job->row_limit + block * ROWS + r] = sum;
+    }
+}
+
+TARGET INLINE void NAME(multiply)(const Job *job, int64_t pair, int64_t block, const int rows) {
+    enum { STEPS = 8 / CODES };
+    const int chains = rows < 4 ? 4 / rows : 1;  // independent sums hide the latency of one
+    const Element *packed = (const Element *)job->packed + block * ROWS * job->groups * job->padded / CODES;
+    float total[ROWS][PAIR];
+    memset(total, 0, sizeof total);
+    for (int64_t group = 0; group < job->groups; group++) {
+        const float *sums = job->sums + group * job->row_limit + block * ROWS;
+        float scales[PAIR], offsets[PAIR];
+        for (int half = 0; half < 2; half++)
+            load_scales(job, 2 * pair + half, group, scales + half * LANES, offsets + half * LANES);
+        for (int first = 0; first < PAIR; first += WIDTH) {
+            const uint32_t *words = codes(job, 2 * pair + first / LANES, group) + first % LANES;
+            const Element *x = packed + group * job->padded / CODES * rows;
+            NAME(Vector) sum[ROWS][4] = {};
+            for (int64_t i = 0; i < job->padded / 8; i++, words += LANES, x += STEPS * rows) {
+                NAME(Words) word = *(const NAME(Words) *)words;
+                __builtin_prefetch(words + AHEAD);
+                UNROLL for (int step = 0; step < STEPS; step++) {
+                    __typeof__(DECODE(word, step)) codes = DECODE(word, step);
+                    UNROLL for (int r = 0; r < rows; r++)
+                        sum[r][step % chains] = MULTIPLY(sum[r][step % chains], x[step * rows + r], codes);
+                }
+            }
+            NAME(Vector) scale = *(NAME(Vector) *)(scales + first), offset = *(NAME(Vector) *)(offsets + first);
+            UNROLL for (int r = 0; r < rows; r++) {
+                UNROLL for (int chain = 1; chain < chains; chain++) sum[r][0] += sum[r][chain];
+                *(NAME(Vector) *)(total[r] + first) += scale * (sum[r][0] + offset * sums[r]);
+            }
+        }
+    }
+    for (int r = 0; r < rows && block * ROWS + r < job->rows; r++) store_y(job, block * ROWS + r, pair, total[r]);
+}
+
+TARGET static void NAME(run)(const Job *job, int64_t pair, int64_t first, int64_t last) {
+    for (int64_t block = first / ROWS; block * ROWS < last; block++) switch (block_rows(job, block)) {
+        case 1: NAME(multiply)(job, pair, block, 1); break;
+        case 2: NAME(multiply)(job, pair, block, 2); break;
+        case 4: NAME(multiply)(job, pair, block, 4); break;
+        default: NAME(multiply)(job, pair, block, ROWS);
+    }
+}
+
+#undef NAME
+#undef TARGET
+#undef WIDTH
+#undef Element
+#undef CODES
+#undef PACK
+#undef DECODE
+#undef MULTIPLY

@@ -1,0 +1,54 @@
+"""Bit orders against loops that move one bit at a time."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from quant.packing import AWQ_NIBBLE_OF_COLUMN, pack_stream, unpack_awq, unpack_stream
+
+COUNTS = (1, 2, 3, 5, 7, 8, 9, 16, 31, 64, 100)
+
+
+def packed_bit_by_bit(codes: list[int], bits: int) -> list[int]:
+    stream = [code >> bit & 1 for code in codes for bit in range(bits)]
+    stream += [0] * (-len(stream) % 8)
+    return [sum(bit << place for place, bit in enumerate(stream[i : i + 8])) for i in range(0, len(stream), 8)]
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_a_stream_is_packed_bit_by_bit_and_comes_back(bits: int, count: int) -> None:
+    draw = random.Random(bits * 1000 + count)
+    rows = [[draw.randrange(2**bits) for _ in range(count)] for _ in range(3)]
+    codes = torch.tensor(rows, dtype=torch.uint8)
+
+    packed = pack_stream(codes, bits)
+
+    assert packed.dtype == torch.uint8
+    assert packed.tolist() == [packed_bit_by_bit(row, bits) for row in rows]
+    assert unpack_stream(packed, bits, count).tolist() == rows
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_bits_after_the_last_code_are_ignored(bits: int) -> None:
+    packed = torch.full((2, 5), 255, dtype=torch.uint8)
+    for count in range(1, 40 // bits + 1):
+        assert unpack_stream(packed, bits, count).tolist() == [[2**bits - 1] * count] * 2
+
+
+def test_awq_words_are_interleaved() -> None:
+    draw = random.Random(0)
+    words = [[draw.randrange(-(2**31), 2**31) for _ in range(3)] for _ in range(5)]
+
+    columns = [[word >> 4 * nibble & 15 for word in row for nibble in AWQ_NIBBLE_OF_COLUMN] for row in words]
+
+    assert unpack_awq(torch.tensor(words, dtype=torch.int32)).tolist() == columns
+
+
+def test_awq_columns_are_where_autoawq_puts_them() -> None:
+    """AutoAWQ packs column ``order[i]`` into bits ``4 i`` with this order."""
+    word = sum(column << 4 * place for place, column in enumerate((0, 2, 4, 6, 1, 3, 5, 7)))
+    assert unpack_awq(torch.tensor([[word]], dtype=torch.int32)).tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]]

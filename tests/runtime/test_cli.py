@@ -1,0 +1,107 @@
+"""The command line as a user meets it: a process, its output and its exit status."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runtime.cli import main, read_prompts
+from runtime.errors import InvalidRequest
+
+
+def relinear(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "runtime", *arguments]
+    source = {"input": stdin} if stdin is not None else {"stdin": subprocess.DEVNULL}
+    return subprocess.run(command, capture_output=True, text=True, check=False, **source)
+
+
+def test_generate_reports_on_stderr_and_answers_on_stdout() -> None:
+    done = relinear(
+        "generate", "--model-path", "demo", "--quantization", "awq", "--prompt", "def main():", "--max-new-tokens", "8"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("def main():")
+    for fact in ("awq gemm, 4 bits, group 128", "kernel", "% of the", "kv cache", "tokens ("):
+        assert fact in done.stderr
+
+
+def test_prompts_from_standard_input_as_json_lines() -> None:
+    lines = '{"prompt": "import os\\n"}\n{"input_ids": [520, 1218]}\nplain text\n'
+    done = relinear("generate", "--model", "demo", "--json", "--quiet", "--max-tokens", "4", "--seed", "1", stdin=lines)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["prompt"] for row in rows] == ["import os\n", None, "plain text"]
+    assert rows[1]["prompt_token_ids"] == [520, 1218]
+    assert all(len(row["outputs"][0]["token_ids"]) <= 4 for row in rows)
+    assert "kernel" not in done.stderr
+
+
+def test_streaming_prints_the_same_text() -> None:
+    common = ("generate", "--model-path", "demo", "--prompt", "class A:", "--quiet", "--max-new-tokens", "12")
+    assert relinear(*common, "--stream").stdout.rstrip("-\n") == relinear(*common).stdout.rstrip("-\n")
+
+
+def test_errors_are_one_line_and_status_one() -> None:
+    done = relinear("generate", "--model-path", "demo-bf16", "--quantization", "awq", "--prompt", "x")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "it is not quantized" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_inspect_reads_no_weights_and_names_every_module(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "demo", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    modules = {module["name"]: module for module in data["modules"]}
+    assert modules["model.layers.3.mlp.up_proj"]["format"] == "awq"
+    assert modules["model.layers.3.mlp.up_proj"]["bits"] == 4
+    assert modules["model.layers.3.mlp.up_proj"]["group"] == 128
+    assert modules["lm_head"]["format"] == "dense"
+    assert data["unclaimed"] == data["missing"] == []
+    assert 0 < data["weight_bytes"] < data["bf16_bytes"]
+    assert main(["inspect", "demo"]) == 0
+    text = capsys.readouterr().out
+    assert "model.layers.{0-7}.mlp.up_proj" in text
+    assert "load peak" in text
+
+
+def test_an_unknown_flag_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate", "--model-path", "demo", "--temprature", "1"])
+    assert stopped.value.code == 2
+    assert "Did you mean --temperature?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", [["--temperature", "-1"], ["--top-p", "0"], ["--n", "0"]])
+def test_bad_sampling_values_fail_before_loading(flag: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--model-path", "/nonexistent", "--prompt", "x", *flag]) == 1
+    assert flag[0].lstrip("-").replace("-", "_") in capsys.readouterr().err
+
+
+def test_prompt_files(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text('first line\n\n{"prompt": "two\\nlines"}\n{not json\n')
+    assert read_prompts(["zero"], str(file)) == ["zero", "first line", "two\nlines", "{not json"]
+    file.write_text('{"text": "wrong key"}\n')
+    with pytest.raises(InvalidRequest, match="line 1.*'prompt'"):
+        read_prompts([], str(file))
+    with pytest.raises(InvalidRequest, match=r"missing\.txt"):
+        read_prompts([], str(tmp_path / "missing.txt"))
+
+
+def test_no_prompt_at_all() -> None:
+    done = relinear("generate", "--model-path", "demo")
+    assert done.returncode == 1
+    assert "no prompt" in done.stderr
+
+
+def test_help_is_quick_and_complete() -> None:
+    code = "import sys; sys.argv = ['relinear', 'generate', '--help']\nfrom runtime.cli import main\n"
+    code += "try: main()\nexcept SystemExit: pass\nassert not {'torch', 'transformers'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for flag in ("--max-new-tokens", "--temperature", "--top-p", "--top-k", "--min-p", "--seed", "--stop", "--json"):
+        assert flag in done.stdout

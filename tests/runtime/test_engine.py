@@ -1,0 +1,89 @@
+"""The engine says what the plain model says: greedy tokens equal to recomputing every sequence alone, whatever the load.
+
+The models are tiny and random, quantized by a writer of our own, and bite: windows shorter than the prompts, softcaps that
+bend every score, sinks. The reference is Transformers' eager forward on dequantized weights, without any cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from runtime import LLM, SamplingParams, load_model
+from tests.awq_writer import write_awq
+from tests.tiny_models import VOCABULARY, tiny_model
+
+NEW_TOKENS = 16
+PROMPTS = [
+    [(7 * place + 3 * i * i) % VOCABULARY for i in range(length)] for place, length in enumerate((11, 13, 5, 19, 1, 9))
+]
+LOADS: dict[str, dict[str, Any]] = {
+    "ample": {},
+    "budget-7": {"max_num_batched_tokens": 7},
+    "few-blocks": {"max_total_tokens": 48, "block_size": 4},
+    "few-blocks-budget-7": {"max_total_tokens": 40, "block_size": 2, "max_num_batched_tokens": 7},
+}
+ARCHITECTURES = ("llama", "qwen3", "gemma2", "gpt_oss", "phi3", "gpt2")
+
+
+@torch.inference_mode()
+def greedy_alone(model: nn.Module, prompt: list[int]) -> list[int]:
+    ids = list(prompt)
+    for _ in range(NEW_TOKENS):
+        ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[list[int]]]:
+    """A folder, and what the model in it answers."""
+    name = request.param
+    widths = {"n_embd": 64} if name == "gpt2" else {"hidden_size": 64, "intermediate_size": 96}
+    model = tiny_model(name, **widths)
+    folder = tmp_path_factory.mktemp(name)
+    if name == "gpt2":
+        model.save_pretrained(folder)  # its linears are Conv1D, which AWQ does not quantize
+    else:
+        write_awq(model, folder, group=32)
+    return str(folder), [greedy_alone(model, prompt) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("load", LOADS)
+def test_greedy_tokens_are_those_of_each_sequence_alone(checkpoint: tuple[str, list[list[int]]], load: str) -> None:
+    folder, expected = checkpoint
+    llm = LLM(folder, dtype="float32", skip_tokenizer_init=True, **LOADS[load])
+    params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+    assert [output.outputs[0].token_ids for output in llm.generate(PROMPTS, params)] == expected
+    stats = llm.engine.stats()
+    assert stats.free_blocks == stats.blocks
+    assert (stats.preemptions >= 5) == load.startswith("few-blocks"), stats
+
+
+def test_the_bundled_model_says_what_transformers_says_with_dequantized_weights() -> None:
+    plain = dequantized(load_model("demo", dtype="float32", kernel="reference"))
+    llm = LLM("demo", dtype="float32", max_num_batched_tokens=32)
+    prompts = ["def main():\n", "class Stack:\n", "import os\n\ndef walk(path):\n", "try:\n"]
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=48))
+    for prompt, output in zip(prompts, outputs, strict=True):
+        ids = torch.tensor([llm.engine.encode(prompt)])
+        expected = plain.generate(ids, max_new_tokens=48, do_sample=False)[0, ids.shape[1] :].tolist()
+        assert output.outputs[0].token_ids == expected
+
+
+def dequantized(model: nn.Module) -> nn.Module:
+    """The model with every quantized linear replaced by a plain one of the dequantized weight."""
+    from quant.linear import QuantLinear, set_module
+    from quant.reference import dequantize
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantLinear):
+            assert module.quant_weight is not None
+            plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+            plain.weight = nn.Parameter(dequantize(module.quant_weight), requires_grad=False)
+            if module.bias is not None:
+                plain.bias = module.bias
+            set_module(model, name, plain.to(next(model.parameters()).dtype))
+    return model

@@ -1,0 +1,72 @@
+"""The size of the KV cache is predictable, and what does not fit is said in numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from runtime import memory
+from runtime.config import EngineConfig
+from runtime.errors import LoadError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_gigabyte(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 10**9)
+
+
+def size(context: int | None = 1000, token_bytes: int = 1000, **options: Any) -> memory.CacheSize:
+    return memory.size_cache(EngineConfig(model="x", **options), token_bytes, context, CPU)
+
+
+def test_what_the_requests_can_use_if_it_fits() -> None:
+    assert size(max_num_seqs=4).tokens == 4000
+    assert size(max_num_seqs=4).max_model_len == 1000
+
+
+def test_never_more_than_a_fraction_of_what_is_available() -> None:
+    found = size(max_num_seqs=10_000)
+    assert 0 < found.nbytes <= 0.51e9
+    assert found.tokens % found.block_size == 0
+
+
+def test_a_long_context_is_lowered_to_what_fits() -> None:
+    found = size(context=10**6, token_bytes=10_000)
+    assert found.max_model_len == found.tokens < 10**6
+
+
+def test_sizes_asked_for_are_kept() -> None:
+    assert size(max_total_tokens=160).tokens == 160
+    assert size(kv_cache_memory="1MB").nbytes == 992_000, "whole blocks of 16 tokens of 1000 bytes"
+
+
+@pytest.mark.parametrize("options", [{"max_total_tokens": 8}, {"kv_cache_memory": 100}, {"kv_cache_memory": "2GB"}])
+def test_sizes_that_cannot_be(options: dict[str, Any]) -> None:
+    with pytest.raises(LoadError, match="tokens fit"):
+        size(**options)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("2GiB", 2**31), ("500 MB", 5 * 10**8), ("1.5gib", 3 * 2**29), ("64", 64), (64, 64), ("3k", 3000)],
+)
+def test_sizes_in_words(text: str | int, count: int) -> None:
+    assert memory.parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "two", "-1", "1TB2", "GiB"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(LoadError, match="is not a size"):
+        memory.parse_bytes(text)
+
+
+def test_bad_options_are_named() -> None:
+    for options in ({"max_model_len": 0}, {"block_size": True}, {"max_num_seqs": "4"}):
+        with pytest.raises(LoadError, match=next(iter(options))):
+            EngineConfig(model="x", **options)
+    with pytest.raises(LoadError, match="give one of them"):
+        EngineConfig(model="x", max_total_tokens=5, kv_cache_memory=5)
