@@ -105,7 +105,8 @@ def run(name: str, awq: str, bf16: str, rounds: int) -> dict[str, Any]:
     weights = {"relinear awq": step_bytes(llm), "relinear bf16": step_bytes(dense_llm)}
     weights["transformers bf16"] = weights["relinear bf16"]
     print(
-        f"\n{name}: {linear / 1e6:.0f} M weights in linears; read {bandwidth / 1e9:.1f} GB/s, bf16 {2 * multiply / 1e12:.2f} TFLOP/s"
+        f"\n{name}: {linear / 1e6:.0f} M weights in linears; "
+        f"read {bandwidth / 1e9:.1f} GB/s, bf16 {2 * multiply / 1e12:.2f} TFLOP/s"
     )
     print(f"{'tokens/s (x transformers, of bound)':<36}" + "".join(f"{metric:>26}" for metric in METRICS))
     result: dict[str, Any] = {"bandwidth": bandwidth, "multiply_adds": multiply, "peers": {}}
