@@ -10,8 +10,8 @@ The AWQ checkpoint is there to show that the runtime reads what the wild holds, 
 
 No GPU is needed; two CPU cores take about ten minutes. AutoAWQ converts the model to float16 before it searches, and
 writes scales, norms and the embedding in float16. That costs nothing here: no weight is too large for float16, and the
-1529 of 7.3 million bf16 weights that it cannot hold exactly are off by 3e-8 at most. The embedding is not quantized and,
-being tied to the output head, is stored once. The tokenizer files are copied as Transformers 5 saved them.
+1529 of 7.3 million bf16 weights that it cannot hold exactly are off by 3e-8 at most. The embedding is not quantized
+and, being tied to the output head, is stored once. The tokenizer files are copied as Transformers 5 saved them.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ COPIED = ("tokenizer.json", "tokenizer_config.json")
 class Quantizer(AwqQuantizer):
     """AutoAWQ's own search, kept from overwriting the weights it searches on.
 
-    It sets the weights aside with ``tensor.cpu()`` and scales them in place. With the model on a GPU that makes a copy;
-    on a CPU both are one tensor, so each module would keep the first candidate's scale (measured on this model: held-out
-    bits per byte 20 % worse, where plain rounding loses 2 %).
+    It sets the weights aside with ``tensor.cpu()`` and scales them in place. With the model on a GPU that makes a
+    copy; on a CPU both are one tensor, so each module would keep the first candidate's scale (measured on this model:
+    held-out bits per byte 20 % worse, where plain rounding loses 2 %).
     """
 
     def _compute_best_scale(

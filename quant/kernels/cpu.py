@@ -11,6 +11,7 @@ float16 ``x`` is computed as float32 and rounded once. Gradients do not flow: th
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
 from dataclasses import replace
 from functools import cache, cached_property
@@ -104,9 +105,7 @@ class CpuKernel(LinearKernel):
         codes = F.pad(unpack_stream(weight.q, bits, inputs) + centre ^ 8, (0, groups * group - inputs, 0, rows))
         codes = F.pad(codes.view(-1, groups, group), (0, padded - group)).view(tiles, 2, TILE // 2, groups, -1, 8)
         words = codes[..., [0, 4, 1, 5]] | codes[..., [2, 6, 3, 7]] << 4  # [.., 4], the bytes of a word
-        q = torch.empty(tiles, groups, 2, padded // 8, TILE // 2, 4, dtype=torch.uint8)
-        self._native.advise_huge_pages(ctypes.c_void_p(q.data_ptr()), ctypes.c_int64(q.nbytes))
-        q.copy_(words.permute(0, 3, 1, 4, 2, 5))
+        q = _in_huge_pages(words.permute(0, 3, 1, 4, 2, 5))
 
         def tiled(blocks: Tensor) -> Tensor:
             rows_of_scales = blocks.repeat_interleave(weight.scheme.block[0], 0)[:outputs]
@@ -157,6 +156,14 @@ def _group(weight: QuantWeight) -> tuple[int, int]:
     """Inputs in a group, and the same rounded up to whole words."""
     group = min(weight.scheme.group, weight.shape.in_features)
     return group, -(-group // 8) * 8
+
+
+def _in_huge_pages(tensor: Tensor) -> Tensor:
+    """A contiguous copy that takes less time to find in memory: a tenth of all at one row."""
+    memory = mmap.mmap(-1, tensor.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 def _threads(weights: int) -> int:

@@ -15,9 +15,6 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 #if defined(__x86_64__) && defined(__linux__) && defined(__has_include)
 #if __has_include(<amxbf16intrin.h>)
 #define X86 1
@@ -266,7 +263,7 @@ AMX static void run_amx(const Job *job, int64_t tile, int64_t first, int64_t las
     }
     _tile_loadconfig(&config);
 
-    float total[PASS][TILE] ALIGNED, product[2 * LANES][TILE] ALIGNED, scale[TILE] ALIGNED, offset[TILE] ALIGNED;
+    float total[PASS][TILE] ALIGNED, product[2][2 * LANES][TILE] ALIGNED, scale[TILE] ALIGNED, offset[TILE] ALIGNED;
     uint16_t weight[2][SLAB / 32 * AMX_TILE] ALIGNED;
     memset(total, 0, (last - first) * sizeof *total);
     int64_t block_bytes = job->groups * job->padded * LANES * 2 * job->pieces;
@@ -283,7 +280,9 @@ AMX static void run_amx(const Job *job, int64_t tile, int64_t first, int64_t las
                         _mm512_store_si512(weight[half] + (i * 4 + step) * 32, bf16_pairs(word, step));
                 }
             }
-            for (int64_t row = first; row < last; row += 2 * LANES) {
+            int turn = 0;
+            for (int64_t row = first; row < last + 2 * LANES; row += 2 * LANES, turn ^= 1) {
+                if (row < last) {
                 int two = row + LANES < last;
                 const char *x = (const char *)job->packed + row / LANES * block_bytes +
                                 (group * job->padded + at) * LANES * 2 * job->pieces;
@@ -305,17 +304,20 @@ AMX static void run_amx(const Job *job, int64_t tile, int64_t first, int64_t las
                         }
                     }
                 }
-                _tile_stored(0, product[0], 4 * TILE);
-                _tile_stored(1, product[0] + LANES, 4 * TILE);
+                _tile_stored(0, product[turn][0], 4 * TILE);
+                _tile_stored(1, product[turn][0] + LANES, 4 * TILE);
                 if (two) {
-                    _tile_stored(2, product[LANES], 4 * TILE);
-                    _tile_stored(3, product[LANES] + LANES, 4 * TILE);
+                    _tile_stored(2, product[turn][LANES], 4 * TILE);
+                    _tile_stored(3, product[turn][LANES] + LANES, 4 * TILE);
                 }
-                for (int64_t r = 0; r < min(2 * LANES, last - row); r++) {
-                    float sum = at ? 0 : job->sums[group * job->row_limit + row + r];
+                }
+                if (row == first) continue;
+                int64_t before = row - 2 * LANES;
+                for (int64_t r = 0; r < min(2 * LANES, last - before); r++) {
+                    float sum = at ? 0 : job->sums[group * job->row_limit + before + r];
                     UNROLL for (int n = 0; n < TILE; n += LANES) {
-                        Vector_avx512 *to = (Vector_avx512 *)(total[row - first + r] + n);
-                        Vector_avx512 from = *(Vector_avx512 *)(product[r] + n);
+                        Vector_avx512 *to = (Vector_avx512 *)(total[before - first + r] + n);
+                        Vector_avx512 from = *(Vector_avx512 *)(product[turn ^ 1][r] + n);
                         *to += *(Vector_avx512 *)(scale + n) * (from + *(Vector_avx512 *)(offset + n) * sum);
                     }
                 }
@@ -366,16 +368,6 @@ int detect(void) {
     return amx && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0 ? 4 : 3;
 #else
     return 0;
-#endif
-}
-
-// Asks for huge pages where a weight is going to be written: a tenth of the time of reading it is finding its pages.
-void advise_huge_pages(char *memory, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-    int64_t page = 2 << 20, skipped = -(intptr_t)memory & (page - 1);
-    if (bytes >= skipped + page) madvise(memory + skipped, (bytes - skipped) & -page, MADV_HUGEPAGE);
-#else
-    (void)memory, (void)bytes;
 #endif
 }
 
