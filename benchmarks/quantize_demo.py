@@ -8,7 +8,7 @@ The AWQ checkpoint is there to show that the runtime reads what the wild holds, 
     build/awq/bin/python -m benchmarks.quantize_demo --model runtime/bundled/bf16 \\
         --calibration build/texts/calibration.jsonl --out runtime/bundled/awq
 
-No GPU is needed; two CPU cores take about ten minutes. AutoAWQ converts the model to float16 before it searches, and
+No GPU is needed; two CPU cores took 13 minutes. AutoAWQ converts the model to float16 before it searches, and
 writes scales, norms and the embedding in float16. That costs nothing here: no weight is too large for float16, and the
 1529 of 7.3 million bf16 weights that it cannot hold exactly are off by 3e-8 at most. The embedding is not quantized
 and, being tied to the output head, is stored once. The tokenizer files are copied as Transformers 5 saved them.
