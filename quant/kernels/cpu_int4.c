@@ -29,7 +29,7 @@
 #define ALIGNED __attribute__((aligned(64)))
 #define UNROLL _Pragma("GCC unroll 16")
 
-enum { LANES = 16, TILE = 2 * LANES, ROWS = 8, SLAB = 128, PASS = 128, ALL = 1 << 30 };
+enum { LANES = 16, TILE = 2 * LANES, ROWS = 8, SLAB = 256, PASS = 128, ALL = 1 << 30 };
 enum { AHEAD = 512 };  // words to prefetch, where the hardware alone is a third slower
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 
@@ -129,28 +129,6 @@ INLINE void store_y(const Job *job, int64_t row, int64_t tile, const float *valu
     }
 }
 
-// A group of a tile of the dense weight, to y [inputs][outputs] in the layer's input order.
-INLINE void dequantize_group(const Job *job, int64_t tile, int64_t group) {
-    float scale[TILE], offset[TILE];
-    load_scales(job, tile, group, scale, offset);
-    int64_t first = group * job->group, count = min(job->group, job->inputs - first);
-    for (int n = 0; n < TILE; n += LANES) {
-        const uint32_t *words = codes(job, tile, group) + n * job->padded / 8;
-        for (int64_t k = 0; k < count; k++) {
-            const uint32_t *word = words + k / 8 * LANES;
-            int shift = 28 - (k % 2 * 16 + k % 8 / 2 * 4);
-            int64_t to = (job->order ? job->order[first + k] : first + k) * job->outputs + tile * TILE + n;
-            float values[LANES];
-            for (int i = 0; i < LANES; i++)
-                values[i] = (((int32_t)(word[i] << shift) >> 28) + offset[n + i]) * scale[n + i];
-            if (job->type == BFLOAT16)
-                for (int i = 0; i < LANES; i++) ((uint16_t *)job->y)[to + i] = to_bf16(values[i]);
-            else
-                memcpy((float *)job->y + to, values, sizeof values);
-        }
-    }
-}
-
 // The rows that are packed and multiplied together, rounded up to a number there is code for.
 INLINE int block_rows(const Job *job, int64_t block) {
     int64_t left = job->rows - block * ROWS;
@@ -170,15 +148,13 @@ INLINE int block_rows(const Job *job, int64_t block) {
 #define MULTIPLY(sum, x, codes) sum + x * codes
 #include "cpu_int4_rows.h"
 
-static void dequantize_portable(const Job *job, int64_t tile, int64_t group) { dequantize_group(job, tile, group); }
-
 #ifdef X86
 #define TARGETS(features) __attribute__((target(features)))
 #define AVX512_FEATURES "avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512"
 #define AVX2 TARGETS("avx2,fma")
 #define AVX512 TARGETS(AVX512_FEATURES)
 #define BF16 TARGETS("avx512bf16," AVX512_FEATURES)
-#define AMX TARGETS("amx-tile,amx-bf16," AVX512_FEATURES)
+#define AMX TARGETS("amx-tile,amx-bf16,avx512bf16," AVX512_FEATURES)
 
 #define NAME(x) x##_avx2
 #define TARGET AVX2
@@ -190,8 +166,6 @@ static void dequantize_portable(const Job *job, int64_t tile, int64_t group) { d
 #define MULTIPLY(sum, x, codes) sum + x * codes
 #include "cpu_int4_rows.h"
 
-AVX2 static void dequantize_avx2(const Job *job, int64_t tile, int64_t group) { dequantize_group(job, tile, group); }
-
 static const float float_of_nibble[LANES] ALIGNED = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
 
 #define NAME(x) x##_avx512
@@ -201,13 +175,9 @@ static const float float_of_nibble[LANES] ALIGNED = {0, 1, 2, 3, 4, 5, 6, 7, -8,
 #define CODES 1
 #define PACK(values) (values)[0]
 #define DECODE(words, step) \
-    _mm512_permutexvar_ps(_mm512_srli_epi32((__m512i)words, SHIFT_OF(step)), _mm512_load_ps(float_of_nibble))
+    (Vector_avx512) _mm512_permutexvar_ps(_mm512_srli_epi32((__m512i)words, SHIFT_OF(step)), _mm512_load_ps(float_of_nibble))
 #define MULTIPLY(sum, x, codes) sum + x * codes
 #include "cpu_int4_rows.h"
-
-AVX512 static void dequantize_avx512(const Job *job, int64_t tile, int64_t group) {
-    dequantize_group(job, tile, group);
-}
 
 // Twice, since a nibble's neighbour may sit in the fifth bit of the index.
 #define BF16_OF_NIBBLE                                                                                \
@@ -251,7 +221,7 @@ AMX static void pack_amx(const Job *job, int64_t block, int64_t group) {
     }
 }
 
-AMX static void run_amx(const Job *job, int64_t tile, int64_t first, int64_t last) {
+AMX INLINE void configure_amx(int64_t rows) {
     struct {
         uint8_t palette, start, reserved[14];
         uint16_t bytes[16];
@@ -259,69 +229,126 @@ AMX static void run_amx(const Job *job, int64_t tile, int64_t first, int64_t las
     } config = {.palette = 1};
     for (int i = 0; i < 8; i++) {
         config.bytes[i] = 64;
-        config.rows[i] = i == 4 || i == 5 ? LANES : (uint8_t)min(LANES, last - first);
+        config.rows[i] = i == 4 || i == 5 ? LANES : (uint8_t)min(LANES, rows);
     }
     _tile_loadconfig(&config);
+}
 
-    float total[PASS][TILE] ALIGNED, product[2][2 * LANES][TILE] ALIGNED, scale[TILE] ALIGNED, offset[TILE] ALIGNED;
-    uint16_t weight[2][SLAB / 32 * AMX_TILE] ALIGNED;
+// 32 inputs x 16 outputs: the codes, or with `rounded` the weights they stand for.
+AMX INLINE void decode_amx(const uint32_t *words, uint16_t *to, const float *scale, const float *offset, const int rounded) {
+    static const uint16_t interleave[32] ALIGNED = {0,  16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                    8,  24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    for (int i = 0; i < 4; i++, words += LANES) {
+        __m512i word = _mm512_loadu_si512(words);
+        __builtin_prefetch(words + AHEAD);
+        UNROLL for (int step = 0; step < 4; step++, to += 32) {
+            __m512i pairs = bf16_pairs(word, step);
+            if (rounded) {
+                __m512 even = (__m512)_mm512_slli_epi32(pairs, 16) + _mm512_load_ps(offset);
+                __m512 odd = (__m512)_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000)) + _mm512_load_ps(offset);
+                __m512bh both = _mm512_cvtne2ps_pbh(odd * _mm512_load_ps(scale), even * _mm512_load_ps(scale));
+                pairs = _mm512_permutexvar_epi16(_mm512_load_si512(interleave), (__m512i)both);
+            }
+            _mm512_store_si512(to, pairs);
+        }
+    }
+}
+
+// Adds the products of 32 rows, or of 16 if not `two` blocks, and 32 outputs to registers 0 to 3.
+AMX INLINE void multiply_amx(const char *x, int64_t block, int64_t pieces, uint16_t (*weight)[SLAB * LANES], int steps,
+                             int two) {
+    for (int i = 0; i < steps; i++) {
+        _tile_loadd(4, weight[0] + i * AMX_TILE, 64);
+        _tile_loadd(5, weight[1] + i * AMX_TILE, 64);
+        for (int64_t piece = 0; piece < pieces; piece++, x += 2 * AMX_TILE) {
+            _tile_loadd(6, x, 64);
+            _tile_dpbf16ps(0, 6, 4);
+            _tile_dpbf16ps(1, 6, 5);
+            if (two) {
+                _tile_loadd(7, x + block, 64);
+                _tile_dpbf16ps(2, 7, 4);
+                _tile_dpbf16ps(3, 7, 5);
+            }
+        }
+    }
+}
+
+AMX INLINE void store_amx(float (*to)[TILE], int two) {
+    _tile_stored(0, to[0], 4 * TILE);
+    _tile_stored(1, to[0] + LANES, 4 * TILE);
+    if (two) {
+        _tile_stored(2, to[LANES], 4 * TILE);
+        _tile_stored(3, to[LANES] + LANES, 4 * TILE);
+    }
+}
+
+// Few rows: products of codes leave the registers after every group, to be scaled.
+AMX static void run_amx(const Job *job, int64_t tile, int64_t first, int64_t last) {
+    configure_amx(last - first);
+    float total[PASS][TILE] ALIGNED, product[2 * LANES][TILE] ALIGNED, scale[TILE] ALIGNED, offset[TILE] ALIGNED;
+    uint16_t weight[2][SLAB * LANES] ALIGNED;
     memset(total, 0, (last - first) * sizeof *total);
-    int64_t block_bytes = job->groups * job->padded * LANES * 2 * job->pieces;
+    int64_t input_bytes = LANES * 2 * job->pieces, block_bytes = job->groups * job->padded * input_bytes;
     for (int64_t group = 0; group < job->groups; group++) {
         load_scales(job, tile, group, scale, offset);
         for (int64_t at = 0; at < job->padded; at += SLAB) {
-            int tiles = (int)min(SLAB, job->padded - at) / 32;
-            for (int half = 0; half < 2; half++) {
-                const uint32_t *words = codes(job, tile, group) + (half * job->padded + at) / 8 * LANES;
-                for (int i = 0; i < tiles * 4; i++) {
-                    __m512i word = _mm512_loadu_si512(words + i * LANES);
-                    __builtin_prefetch(words + i * LANES + AHEAD);
-                    UNROLL for (int step = 0; step < 4; step++)
-                        _mm512_store_si512(weight[half] + (i * 4 + step) * 32, bf16_pairs(word, step));
+            int steps = (int)min(SLAB, job->padded - at) / 32;
+            for (int half = 0; half < 2; half++)
+                for (int i = 0; i < steps; i++) {
+                    int64_t k = half * job->padded + at + i * 32;
+                    decode_amx(codes(job, tile, group) + k / 8 * LANES, weight[half] + i * AMX_TILE, 0, 0, 0);
                 }
-            }
-            int turn = 0;
-            for (int64_t row = first; row < last + 2 * LANES; row += 2 * LANES, turn ^= 1) {
-                if (row < last) {
+            for (int64_t row = first; row < last; row += 2 * LANES) {
                 int two = row + LANES < last;
-                const char *x = (const char *)job->packed + row / LANES * block_bytes +
-                                (group * job->padded + at) * LANES * 2 * job->pieces;
+                const char *x = (const char *)job->packed + row / LANES * block_bytes;
                 _tile_zero(0);
                 _tile_zero(1);
                 _tile_zero(2);
                 _tile_zero(3);
-                for (int i = 0; i < tiles; i++) {
-                    _tile_loadd(4, weight[0] + i * AMX_TILE, 64);
-                    _tile_loadd(5, weight[1] + i * AMX_TILE, 64);
-                    for (int piece = 0; piece < job->pieces; piece++, x += 2 * AMX_TILE) {
-                        _tile_loadd(6, x, 64);
-                        _tile_dpbf16ps(0, 6, 4);
-                        _tile_dpbf16ps(1, 6, 5);
-                        if (two) {
-                            _tile_loadd(7, x + block_bytes, 64);
-                            _tile_dpbf16ps(2, 7, 4);
-                            _tile_dpbf16ps(3, 7, 5);
-                        }
-                    }
-                }
-                _tile_stored(0, product[turn][0], 4 * TILE);
-                _tile_stored(1, product[turn][0] + LANES, 4 * TILE);
-                if (two) {
-                    _tile_stored(2, product[turn][LANES], 4 * TILE);
-                    _tile_stored(3, product[turn][LANES] + LANES, 4 * TILE);
-                }
-                }
-                if (row == first) continue;
-                int64_t before = row - 2 * LANES;
-                for (int64_t r = 0; r < min(2 * LANES, last - before); r++) {
-                    float sum = at ? 0 : job->sums[group * job->row_limit + before + r];
+                multiply_amx(x + (group * job->padded + at) * input_bytes, block_bytes, job->pieces, weight, steps, two);
+                store_amx(product, two);
+                for (int64_t r = 0; r < min(2 * LANES, last - row); r++) {
+                    float sum = at ? 0 : job->sums[group * job->row_limit + row + r];
                     UNROLL for (int n = 0; n < TILE; n += LANES) {
-                        Vector_avx512 *to = (Vector_avx512 *)(total[before - first + r] + n);
-                        Vector_avx512 from = *(Vector_avx512 *)(product[turn ^ 1][r] + n);
+                        Vector_avx512 *to = (Vector_avx512 *)(total[row - first + r] + n);
+                        Vector_avx512 from = *(Vector_avx512 *)(product[r] + n);
                         *to += *(Vector_avx512 *)(scale + n) * (from + *(Vector_avx512 *)(offset + n) * sum);
                     }
                 }
             }
+        }
+    }
+    _tile_release();
+    for (int64_t row = first; row < last; row++) store_y(job, row, tile, total[row - first]);
+}
+
+// Many rows: weights are rounded to bfloat16, as a dense bfloat16 weight would be, and products are summed in registers.
+AMX static void run_amx_rounded(const Job *job, int64_t tile, int64_t first, int64_t last) {
+    configure_amx(last - first);
+    float total[PASS][TILE] ALIGNED, scale[TILE] ALIGNED, offset[TILE] ALIGNED;
+    uint16_t weight[2][SLAB * LANES] ALIGNED;
+    memset(total, 0, sizeof total);
+    int64_t input_bytes = LANES * 2 * job->pieces, inputs = job->groups * job->padded;
+    for (int64_t at = 0; at < inputs; at += SLAB) {
+        int steps = (int)min(SLAB, inputs - at) / 32;
+        for (int i = 0; i < steps; i++) {
+            int64_t group = (at + i * 32) / job->padded, k = (at + i * 32) % job->padded;
+            if (i == 0 || k == 0) load_scales(job, tile, group, scale, offset);
+            for (int half = 0; half < 2; half++) {
+                const uint32_t *words = codes(job, tile, group) + (half * job->padded + k) / 8 * LANES;
+                decode_amx(words, weight[half] + i * AMX_TILE, scale + half * LANES, offset + half * LANES, 1);
+            }
+        }
+        for (int64_t row = first; row < last; row += 2 * LANES) {
+            int two = row + LANES < last;
+            float(*sum)[TILE] = total + (row - first);
+            _tile_loadd(0, sum[0], 4 * TILE);
+            _tile_loadd(1, sum[0] + LANES, 4 * TILE);
+            _tile_loadd(2, sum[LANES], 4 * TILE);
+            _tile_loadd(3, sum[LANES] + LANES, 4 * TILE);
+            const char *x = (const char *)job->packed + (row / LANES * inputs + at) * input_bytes;
+            multiply_amx(x, inputs * input_bytes, job->pieces, weight, steps, two);
+            store_amx(sum, two);
         }
     }
     _tile_release();
@@ -342,6 +369,7 @@ static const struct {
     {pack_avx512, run_avx512, dequantize_avx512, ROWS, ALL},
     {pack_bf16, run_bf16, dequantize_avx512, ROWS, ALL},
     {pack_amx, run_amx, dequantize_avx512, LANES, PASS},
+    {pack_amx, run_amx_rounded, dequantize_avx512, LANES, PASS},
 #endif
 };
 

@@ -7,6 +7,7 @@
 //     MULTIPLY(sum, x, codes)  sum + x * codes
 
 typedef float NAME(Vector) __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef int16_t NAME(Halves) __attribute__((vector_size(2 * WIDTH), aligned(2), may_alias));
 typedef int32_t NAME(Words) __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
 TARGET static void NAME(pack)(const Job *job, int64_t block, int64_t group) {
@@ -62,6 +63,32 @@ TARGET static void NAME(run)(const Job *job, int64_t tile, int64_t first, int64_
         default: NAME(multiply)(job, tile, block, ROWS);
     }
 }
+
+#if CODES == 1
+// A group of a tile of the dense weight, to y [inputs][outputs] in the layer's input order.
+TARGET static void NAME(dequantize)(const Job *job, int64_t tile, int64_t group) {
+    float scales[TILE], offsets[TILE];
+    load_scales(job, tile, group, scales, offsets);
+    const uint32_t *words = codes(job, tile, group);
+    int64_t first = group * job->group, count = min(job->group, job->inputs - first);
+    for (int64_t i = 0; i < count; i += 8, words += LANES)
+        UNROLL for (int k = 0; k < 8; k++) {
+            if (i + k >= count) break;
+            int64_t to = (job->order ? job->order[first + i + k] : first + i + k) * job->outputs + tile * TILE;
+            UNROLL for (int n = 0; n < TILE; n += WIDTH) {
+                NAME(Words) word = *(NAME(Words) *)(words + n / LANES * job->padded / 8 * LANES + n % LANES);
+                NAME(Vector) value = DECODE(word, k) + *(NAME(Vector) *)(offsets + n);
+                value *= *(NAME(Vector) *)(scales + n);
+                if (job->type == BFLOAT16) {
+                    NAME(Words) bits = (NAME(Words))value;
+                    bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+                    *(NAME(Halves) *)((uint16_t *)job->y + to + n) = __builtin_convertvector(bits, NAME(Halves));
+                } else
+                    *(NAME(Vector) *)((float *)job->y + to + n) = value;
+            }
+        }
+}
+#endif
 
 #undef NAME
 #undef TARGET
