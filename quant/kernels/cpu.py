@@ -27,11 +27,10 @@ from quant.packing import unpack_stream
 
 PATHS = ("portable", "avx2", "avx512", "avx512-bf16", "amx")
 """What ``cpu_int4.c`` has code for, in its order."""
-AVX512, BF16, AMX, AMX_ROUNDED = 2, 3, 4, 5
+AVX512, BF16, AMX = 2, 3, 4
 
 PANEL_ROWS = (16, 32, 32, 48)
 """By path: more rows than this go by panels."""
-AMX_ROWS = 64
 PANEL_BYTES = 1 << 20
 THREAD_WEIGHTS = 1 << 18
 """Weights that are worth one more thread."""
@@ -136,9 +135,7 @@ class CpuKernel(LinearKernel):
     def _path_of(self, rows: Tensor, weight: QuantWeight) -> int:
         if self._path < AMX:
             return min(self._path, BF16 if rows.dtype == torch.bfloat16 else AVX512)
-        if len(rows) == 1 or _group(weight)[0] % 32:
-            return AVX512  # faster than avx512-bf16 where there is AMX
-        return AMX_ROUNDED if rows.dtype == torch.bfloat16 and len(rows) > AMX_ROWS else AMX
+        return AMX if len(rows) > 1 and _group(weight)[0] % 32 == 0 else AVX512  # where AMX is, BF16 is the slower one
 
     def _by_panels(self, rows: Tensor, weight: QuantWeight, bias: Tensor | None, y: Tensor) -> None:
         outputs, inputs = weight.shape.out_features, weight.shape.in_features

@@ -154,7 +154,7 @@ INLINE int block_rows(const Job *job, int64_t block) {
 #define AVX2 TARGETS("avx2,fma")
 #define AVX512 TARGETS(AVX512_FEATURES)
 #define BF16 TARGETS("avx512bf16," AVX512_FEATURES)
-#define AMX TARGETS("amx-tile,amx-bf16,avx512bf16," AVX512_FEATURES)
+#define AMX TARGETS("amx-tile,amx-bf16," AVX512_FEATURES)
 
 #define NAME(x) x##_avx2
 #define TARGET AVX2
@@ -234,23 +234,12 @@ AMX INLINE void configure_amx(int64_t rows) {
     _tile_loadconfig(&config);
 }
 
-// 32 inputs x 16 outputs: the codes, or with `rounded` the weights they stand for.
-AMX INLINE void decode_amx(const uint32_t *words, uint16_t *to, const float *scale, const float *offset, const int rounded) {
-    static const uint16_t interleave[32] ALIGNED = {0,  16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                    8,  24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+// 32 inputs x 16 outputs of codes.
+AMX INLINE void decode_amx(const uint32_t *words, uint16_t *to) {
     for (int i = 0; i < 4; i++, words += LANES) {
         __m512i word = _mm512_loadu_si512(words);
         __builtin_prefetch(words + AHEAD);
-        UNROLL for (int step = 0; step < 4; step++, to += 32) {
-            __m512i pairs = bf16_pairs(word, step);
-            if (rounded) {
-                __m512 even = (__m512)_mm512_slli_epi32(pairs, 16) + _mm512_load_ps(offset);
-                __m512 odd = (__m512)_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000)) + _mm512_load_ps(offset);
-                __m512bh both = _mm512_cvtne2ps_pbh(odd * _mm512_load_ps(scale), even * _mm512_load_ps(scale));
-                pairs = _mm512_permutexvar_epi16(_mm512_load_si512(interleave), (__m512i)both);
-            }
-            _mm512_store_si512(to, pairs);
-        }
+        UNROLL for (int step = 0; step < 4; step++, to += 32) _mm512_store_si512(to, bf16_pairs(word, step));
     }
 }
 
@@ -282,7 +271,7 @@ AMX INLINE void store_amx(float (*to)[TILE], int two) {
     }
 }
 
-// Few rows: products of codes leave the registers after every group, to be scaled.
+// Products of codes leave the registers after every group, to be scaled.
 AMX static void run_amx(const Job *job, int64_t tile, int64_t first, int64_t last) {
     configure_amx(last - first);
     float total[PASS][TILE] ALIGNED, product[2 * LANES][TILE] ALIGNED, scale[TILE] ALIGNED, offset[TILE] ALIGNED;
@@ -296,7 +285,7 @@ AMX static void run_amx(const Job *job, int64_t tile, int64_t first, int64_t las
             for (int half = 0; half < 2; half++)
                 for (int i = 0; i < steps; i++) {
                     int64_t k = half * job->padded + at + i * 32;
-                    decode_amx(codes(job, tile, group) + k / 8 * LANES, weight[half] + i * AMX_TILE, 0, 0, 0);
+                    decode_amx(codes(job, tile, group) + k / 8 * LANES, weight[half] + i * AMX_TILE);
                 }
             for (int64_t row = first; row < last; row += 2 * LANES) {
                 int two = row + LANES < last;
@@ -321,39 +310,6 @@ AMX static void run_amx(const Job *job, int64_t tile, int64_t first, int64_t las
     _tile_release();
     for (int64_t row = first; row < last; row++) store_y(job, row, tile, total[row - first]);
 }
-
-// Many rows: weights are rounded to bfloat16, as a dense bfloat16 weight would be, and products are summed in registers.
-AMX static void run_amx_rounded(const Job *job, int64_t tile, int64_t first, int64_t last) {
-    configure_amx(last - first);
-    float total[PASS][TILE] ALIGNED, scale[TILE] ALIGNED, offset[TILE] ALIGNED;
-    uint16_t weight[2][SLAB * LANES] ALIGNED;
-    memset(total, 0, sizeof total);
-    int64_t input_bytes = LANES * 2 * job->pieces, inputs = job->groups * job->padded;
-    for (int64_t at = 0; at < inputs; at += SLAB) {
-        int steps = (int)min(SLAB, inputs - at) / 32;
-        for (int i = 0; i < steps; i++) {
-            int64_t group = (at + i * 32) / job->padded, k = (at + i * 32) % job->padded;
-            if (i == 0 || k == 0) load_scales(job, tile, group, scale, offset);
-            for (int half = 0; half < 2; half++) {
-                const uint32_t *words = codes(job, tile, group) + (half * job->padded + k) / 8 * LANES;
-                decode_amx(words, weight[half] + i * AMX_TILE, scale + half * LANES, offset + half * LANES, 1);
-            }
-        }
-        for (int64_t row = first; row < last; row += 2 * LANES) {
-            int two = row + LANES < last;
-            float(*sum)[TILE] = total + (row - first);
-            _tile_loadd(0, sum[0], 4 * TILE);
-            _tile_loadd(1, sum[0] + LANES, 4 * TILE);
-            _tile_loadd(2, sum[LANES], 4 * TILE);
-            _tile_loadd(3, sum[LANES] + LANES, 4 * TILE);
-            const char *x = (const char *)job->packed + (row / LANES * inputs + at) * input_bytes;
-            multiply_amx(x, inputs * input_bytes, job->pieces, weight, steps, two);
-            store_amx(sum, two);
-        }
-    }
-    _tile_release();
-    for (int64_t row = first; row < last; row++) store_y(job, row, tile, total[row - first]);
-}
 #endif
 
 // A path packs `block` rows at a time and multiplies `pass` rows at a time.
@@ -369,7 +325,6 @@ static const struct {
     {pack_avx512, run_avx512, dequantize_avx512, ROWS, ALL},
     {pack_bf16, run_bf16, dequantize_avx512, ROWS, ALL},
     {pack_amx, run_amx, dequantize_avx512, LANES, PASS},
-    {pack_amx, run_amx_rounded, dequantize_avx512, LANES, PASS},
 #endif
 };
 

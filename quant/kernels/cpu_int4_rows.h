@@ -69,22 +69,25 @@ TARGET static void NAME(run)(const Job *job, int64_t tile, int64_t first, int64_
 TARGET static void NAME(dequantize)(const Job *job, int64_t tile, int64_t group) {
     float scales[TILE], offsets[TILE];
     load_scales(job, tile, group, scales, offsets);
+    // Copies, since what is written here might be the job for all that the compiler knows.
     const uint32_t *words = codes(job, tile, group);
-    int64_t first = group * job->group, count = min(job->group, job->inputs - first);
+    const int32_t *order = job->order;
+    const int64_t half = job->padded / 8 * LANES, outputs = job->outputs, first = group * job->group;
+    const int64_t count = min(job->group, job->inputs - first), bf16 = job->type == BFLOAT16;
+    char *y = (char *)job->y + tile * TILE * (bf16 ? 2 : 4);
     for (int64_t i = 0; i < count; i += 8, words += LANES)
-        UNROLL for (int k = 0; k < 8; k++) {
-            if (i + k >= count) break;
-            int64_t to = (job->order ? job->order[first + i + k] : first + i + k) * job->outputs + tile * TILE;
+        UNROLL for (int k = 0; k < min(8, count - i); k++) {
+            int64_t to = (order ? order[first + i + k] : first + i + k) * outputs;
             UNROLL for (int n = 0; n < TILE; n += WIDTH) {
-                NAME(Words) word = *(NAME(Words) *)(words + n / LANES * job->padded / 8 * LANES + n % LANES);
+                NAME(Words) word = *(NAME(Words) *)(words + n / LANES * half + n % LANES);
                 NAME(Vector) value = DECODE(word, k) + *(NAME(Vector) *)(offsets + n);
                 value *= *(NAME(Vector) *)(scales + n);
-                if (job->type == BFLOAT16) {
+                if (bf16) {
                     NAME(Words) bits = (NAME(Words))value;
                     bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-                    *(NAME(Halves) *)((uint16_t *)job->y + to + n) = __builtin_convertvector(bits, NAME(Halves));
+                    *(NAME(Halves) *)((uint16_t *)y + to + n) = __builtin_convertvector(bits, NAME(Halves));
                 } else
-                    *(NAME(Vector) *)((float *)job->y + to + n) = value;
+                    *(NAME(Vector) *)((float *)y + to + n) = value;
             }
         }
 }
