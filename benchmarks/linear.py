@@ -9,9 +9,11 @@ time that reading the path's weight would take at the rate measured in the same 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,10 +35,11 @@ BASELINE = "bf16 F.linear"
 
 @dataclass(frozen=True)
 class Peer:
-    """One path: ``calls`` are the same multiplication by as many copies of the weight, of ``nbytes`` each."""
+    """One path: how it multiplies, and as many copies of its weight, of ``nbytes`` each, as no cache holds."""
 
+    multiply: Callable[[Tensor, Any], Tensor]
+    copies: list[Any]
     nbytes: int
-    calls: list[Callable[[Tensor], Tensor]]
 
 
 def random_weight(shape: LinearShape, group: int) -> QuantWeight:
@@ -54,16 +57,15 @@ def ours(weight: QuantWeight, asked: str | None) -> tuple[str, Peer]:
     choice = kernels.choose(weight.scheme, weight.shape, weight.device, asked)
     for name, refusal in choice.refusals.items():
         print(f"{name}: {refusal}")
-    kernel, prepared = choice.kernel, choice.kernel.prepare(weight)
-    copies = [prepared.map(Tensor.clone) for _ in range(copies_beyond_cache(prepared.nbytes))]
-    peer = Peer(prepared.nbytes, [lambda x, w=w: kernel.apply(x, w, None) for w in copies])
-    return f"{kernel.name} ({kernel.summary})", peer
+    kernel = choice.kernel
+    first = kernel.prepare(weight)
+    copies = [first, *(kernel.prepare(weight) for _ in range(1, copies_beyond_cache(first.nbytes)))]
+    return f"{kernel.name} ({kernel.summary})", Peer(lambda x, w: kernel.apply(x, w, None), copies, first.nbytes)
 
 
 def bf16(weight: QuantWeight) -> Peer:
     dense = dequantize(weight).to(torch.bfloat16)
-    copies = [dense.clone() for _ in range(copies_beyond_cache(dense.nbytes))]
-    return Peer(dense.nbytes, [lambda x, w=w: F.linear(x, w) for w in copies])
+    return Peer(F.linear, [dense.clone() for _ in range(copies_beyond_cache(dense.nbytes))], dense.nbytes)
 
 
 def int4pack(weight: QuantWeight) -> Peer:
@@ -75,8 +77,8 @@ def int4pack(weight: QuantWeight) -> Peer:
     parameters = torch.stack([weight.scale.float(), zero], dim=-1).transpose(0, 1).to(torch.bfloat16).contiguous()
     nbytes = packed.nbytes + parameters.nbytes
     copies = [(packed.clone(), parameters.clone()) for _ in range(copies_beyond_cache(nbytes))]
-    multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
-    return Peer(nbytes, [lambda x, w=w: multiply(x, w[0], weight.scheme.group, w[1]) for w in copies])
+    operator = torch.ops.aten._weight_int4pack_mm_for_cpu
+    return Peer(lambda x, w: operator(x, w[0], weight.scheme.group, w[1]), copies, nbytes)
 
 
 def error(y: Tensor, expected: Tensor) -> float:
@@ -85,45 +87,49 @@ def error(y: Tensor, expected: Tensor) -> float:
 
 def run(shape: LinearShape, group: int, every_rows: list[int], asked: str | None) -> tuple[list[dict[str, Any]], bool]:
     """The table of one shape, printed and as data, and whether every path was right."""
-    weight, right, table = random_weight(shape, group), True, []
-    dense = dequantize(weight).double()
+    weight = random_weight(shape, group)
+    print(f"\n{weight.scheme}, {shape}")
     name, peer = ours(weight, asked)
     peers = {BASELINE: bf16(weight), "torch int4pack": int4pack(weight), name: peer}
-    read = reader(READ_BYTES)
-    print(f"\n{weight.scheme}, {shape}\n{'rows':>5} {'path':28} {'ms':>8} {'spread':>7} {'x bf16':>7} {'of bound':>9}")
+    read, dense = reader(READ_BYTES), dequantize(weight).double()
+    table, right = [], True
+    print(f"{'rows':>5} {'path':28} {'ms':>8} {'spread':>7} {'x bf16':>7} {'of bound':>9}")
     for rows in every_rows:
         x = torch.randn(rows, shape.in_features).to(torch.bfloat16)
-        errors = {name: error(peer.calls[0](x), x.double() @ dense.T) for name, peer in peers.items()}
-        wrong = {name: error for name, error in errors.items() if not error < TOLERANCE}
-        candidates = {
-            name: in_turn(lambda call, x=x: call(x), p.calls) for name, p in peers.items() if name not in wrong
-        }
-        timings = measure({"read": read, **candidates})
+        expected = x.double() @ dense.T
+        errors = {name: error(peer.multiply(x, peer.copies[0]), expected) for name, peer in peers.items()}
+        correct = {name: peer for name, peer in peers.items() if errors[name] < TOLERANCE}
+        for name in peers.keys() - correct.keys():
+            print(f"{rows:5} {name:28} WRONG: relative error {errors[name]:.1e}")
+            right = False
+        timings = measure(
+            {"read": read, **{name: in_turn(partial(p.multiply, x), p.copies) for name, p in correct.items()}}
+        )
         rate = READ_BYTES / timings["read"].seconds
-        for name, peer in peers.items():
-            if name in wrong:
-                print(f"{rows:5} {name:28} WRONG: relative error {wrong[name]:.1e}")
-                right = False
-                continue
-            seconds, speedup = timings[name].seconds, timings[BASELINE].seconds / timings[name].seconds
-            bound = peer.nbytes / rate
+        print(f"{'':5} {'(reading memory)':28} {rate / 1e9:8.1f} GB/s")
+        for name, peer in correct.items():
+            timing = timings[name]
+            of_bound, speedup = peer.nbytes / rate / timing.seconds, math.nan
+            if BASELINE in timings:
+                speedup = timings[BASELINE].seconds / timing.seconds
+            busy = any(timings[other].disturbed for other in {name, BASELINE, "read"} & timings.keys())
+            row = {
+                "shape": [shape.out_features, shape.in_features],
+                "group": group,
+                "rows": rows,
+                "path": name,
+                "milliseconds": timing.seconds * 1e3,
+                "spread": timing.spread,
+                "times_bf16": speedup,
+                "of_bound": of_bound,
+                "error": errors[name],
+                "disturbed": busy,
+            }
             print(
-                f"{rows:5} {name:28} {seconds * 1e3:8.3f} {timings[name].spread:7.0%} {speedup:7.2f} {bound / seconds:9.0%}"
+                f"{rows:5} {name:28} {timing.seconds * 1e3:8.3f} {timing.spread:7.0%} {speedup:7.2f} {of_bound:9.0%}"
+                + (" the machine was busy" if busy else "")
             )
-            table.append(
-                {
-                    "shape": [shape.out_features, shape.in_features],
-                    "group": group,
-                    "rows": rows,
-                    "path": name,
-                    "milliseconds": round(seconds * 1e3, 4),
-                    "bf16_ratio": round(speedup, 3),
-                    "of_bound": round(bound / seconds, 3),
-                    "read_gb_s": round(rate / 1e9, 2),
-                    "error": errors[name],
-                }
-            )
-        print(f"{'':5} reading memory: {rate / 1e9:.1f} GB/s")
+            table.append(row)
     return table, right
 
 
@@ -137,6 +143,7 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     results = [run(shape, options.group, options.rows, options.kernel) for shape in SHAPES]
+    print()
     print_json("linear", table=[row for table, _ in results for row in table])
     return 0 if all(right for _, right in results) else 1
 

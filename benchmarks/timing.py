@@ -29,43 +29,44 @@ CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 MOST_DELAY = 0.02
 """Of a sample's time, spent waiting for a core: more than that and it is dropped."""
+FEWEST = 5
+"""Samples that make a median."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """``seconds`` is the median; ``spread`` the distance between the quartiles, relative to it."""
+    """``seconds`` is the median; ``spread`` the distance between the quartiles, relative to it; ``disturbed``: it hardly
+    ever had the cores to itself."""
 
     seconds: float
     spread: float
     samples: int
+    disturbed: bool
 
 
-def measure(candidates: Mapping[str, Callable[[], object]], samples: int = 15) -> dict[str, Timing]:
-    """Times every candidate ``samples`` times, in turns, after one turn that does not count.
-
-    On a machine too busy for that, stops after ten times as many turns; a candidate that never ran undisturbed is timed
-    by its disturbed samples.
-    """
+def measure(candidates: Mapping[str, Callable[[], object]], samples: int = 15, limit: float = 60) -> dict[str, Timing]:
+    """Times every candidate ``samples`` times, in turns, after one turn that does not count; on a machine too busy for
+    that, for ``limit`` seconds."""
     clean: dict[str, list[float]] = {name: [] for name in candidates}
     disturbed: dict[str, list[float]] = {name: [] for name in candidates}
     for call in candidates.values():
         call()
-    for _ in range(10 * samples):
+    stop = time.monotonic() + limit
+    while min(map(len, clean.values())) < samples and time.monotonic() < stop:
         for name, call in candidates.items():
             delay, start = _delay(), time.perf_counter()
             call()
             seconds = time.perf_counter() - start
             kept = clean if _delay() - delay <= MOST_DELAY * seconds else disturbed
             kept[name].append(seconds)
-        if min(map(len, clean.values())) >= samples:
-            break
-    return {name: _summary(clean[name] or disturbed[name]) for name in candidates}
+    return {name: _summary(clean[name], disturbed[name]) for name in candidates}
 
 
-def _summary(seconds: list[float]) -> Timing:
-    median = statistics.median(seconds)
-    low, _, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [median] * 3
-    return Timing(median, (high - low) / median, len(seconds))
+def _summary(clean: list[float], disturbed: list[float]) -> Timing:
+    busy = len(clean) < FEWEST
+    seconds = clean + disturbed if busy else clean
+    low, median, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
+    return Timing(median, (high - low) / median, len(seconds), busy)
 
 
 def _delay() -> float:
@@ -111,4 +112,5 @@ def environment() -> dict[str, Any]:
 
 def print_json(benchmark: str, **result: Any) -> None:
     """The last line of every benchmark."""
-    print(json.dumps({"benchmark": benchmark, "environment": environment(), **result}))
+    rounded = json.loads(json.dumps(result), parse_float=lambda number: float(f"{float(number):.4g}"))
+    print(json.dumps({"benchmark": benchmark, "environment": environment(), **rounded}))

@@ -6,7 +6,9 @@ applied to the headers here, before any weight is read.
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -94,12 +96,16 @@ def balance(
             ignored[name] = reason
         else:
             unclaimed.append(name)
+    parts: dict[str, list[str]] = {}
     for stored, target in headers.merged.items():
         if target in state:
             _check_codes(stored, checkpoint.tensors[stored], state[target])
-            claimed.add(target)
+            parts.setdefault(target, []).append(stored)
         else:
             unclaimed.append(stored)
+    for target, sources in parts.items():
+        _check_parts(target, {name: checkpoint.tensors[name] for name in sources}, state[target])
+        claimed.add(target)
     return Account(ignored, tuple(unclaimed), _missing(model, state.keys() - replaced, claimed))
 
 
@@ -127,6 +133,18 @@ def _check_codes(name: str, found: TensorSpec, parameter: torch.Tensor) -> None:
         raise LoadError(
             f"{name} is stored as {found}: quantized values, but the checkpoint's configuration does not say how to read "
             "them for this module. Its quantization_config is missing, incomplete, or of a kind that is not supported."
+        )
+
+
+def _check_parts(target: str, sources: Mapping[str, TensorSpec], parameter: torch.Tensor) -> None:
+    """What is stacked or joined into one parameter must fill it: a missing expert would be left to chance."""
+    values = sum(math.prod(spec.shape) for spec in sources.values())
+    if len(sources) > 1 and values != parameter.numel():
+        common = Counter(spec.shape for spec in sources.values()).most_common(1)[0][0]
+        odd = [f"{name} is {spec}" for name, spec in sources.items() if spec.shape != common]
+        raise LoadError(
+            f"{target} {list(parameter.shape)} is made of {len(sources)} stored tensors with {values} values in all, but needs "
+            f"{parameter.numel()}: {odd[0] if odd else 'one is missing'}. The checkpoint is damaged; fetch it again."
         )
 
 

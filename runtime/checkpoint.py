@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from itertools import pairwise
@@ -65,11 +66,18 @@ class Checkpoint:
     tensors: dict[str, TensorSpec]
 
     @classmethod
-    def open(cls, name: str | Path, revision: str | None = None) -> Checkpoint:
-        """Open a folder, a Hub repository or a bundled model. Raises :class:`LoadError` with the cause and the remedy."""
+    def open(cls, name: str | Path, revision: str | None = None, *, code: bool = False) -> Checkpoint:
+        """Open a folder, a Hub repository or a bundled model; ``code`` fetches Python files of a repository too.
+
+        Raises :class:`LoadError` with the cause and the remedy.
+        """
         _refuse_gguf_name(str(name))
-        folder = locate(str(name), revision)
+        folder = locate(str(name), revision, code=code)
         _refuse_gguf_folder(folder)
+        if (folder / "adapter_config.json").is_file():
+            raise LoadError(
+                f"{folder} is an adapter (adapter_config.json), not a model. Merge it into its base model first."
+            )
         config = read_json(folder / "config.json")
         quantization, source = _find_quantization(config, folder)
         if str((quantization or {}).get("quant_method", "")).lower() == "gguf":
@@ -103,8 +111,8 @@ def tensor_bytes(spec: TensorSpec) -> int:
     return math.prod(spec.shape) * spec.dtype.itemsize
 
 
-def locate(name: str, revision: str | None = None) -> Path:
-    """The local folder of a model name; downloads a Hub repository (safetensors, JSON and tokenizer files only)."""
+def locate(name: str, revision: str | None = None, *, weights: bool = True, code: bool = False) -> Path:
+    """The local folder of a model name; a Hub repository is downloaded: configuration and tokenizer, and what is asked."""
     if name in BUNDLED:
         return Path(str(resources.files("runtime") / "bundled" / BUNDLED[name]))
     path = Path(name).expanduser()
@@ -120,16 +128,19 @@ def locate(name: str, revision: str | None = None) -> Path:
         raise LoadError(
             f"{name}: no such folder, and not a Hub repository (OWNER/NAME) or a bundled model ({bundled})."
         )
-    return _download(name, revision)
+    return _download(name, revision, ["*.safetensors"] * weights + ["*.py"] * code)
 
 
-def _download(repository: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+def _download(repository: str, revision: str | None, more: list[str]) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
+    patterns = ["*.json", "*.jinja", "*.model", "*.txt", *more]
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+        if "*.safetensors" in more and not any(folder.glob("*.safetensors")):
+            _refuse_unreadable(repository, HfApi().list_repo_files(repository, revision=revision))
+        return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise LoadError(
             f"{repository}: no such folder here, and the Hub did not give it ({type(error).__name__}: {error}). "
@@ -143,6 +154,8 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise LoadError(f"{path} is missing: {path.parent} is not a Transformers checkpoint.") from error
+    except OSError as error:
+        raise LoadError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
         raise LoadError(f"{path} is not valid JSON ({error}). The file is damaged; fetch it again.") from error
     if not isinstance(value, dict):
@@ -182,7 +195,7 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
             whole = all(isinstance(number, int) and number >= 0 for number in (*shape, start, stop))
         except (TypeError, KeyError, ValueError) as error:
             raise damaged(f"the header entry of {name} is malformed") from error
-        if not whole:
+        if not whole or not isinstance(dtype, str):
             raise damaged(f"the header entry of {name} is malformed")
         if dtype not in DTYPES:
             known = ", ".join(DTYPES)
@@ -217,15 +230,23 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
             files.append(path)
         return tuple(files)
     found = sorted(path.name for path in folder.iterdir())
-    pickles = [name for name in found if name.endswith(PICKLE_SUFFIXES)]
-    if pickles:
-        raise LoadError(
-            f"{folder} has only pickled weights ({', '.join(pickles[:3])}), and unpickling runs code from the file. "
-            "Use a safetensors copy of the model, or convert it on a machine you can afford to lose."
-        )
+    _refuse_unreadable(str(folder), found)
     raise LoadError(
         f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; it holds: {', '.join(found[:10]) or 'nothing'}."
     )
+
+
+def _refuse_unreadable(where: str, names: Sequence[str]) -> None:
+    """Say by name why a folder or repository without safetensors files cannot be loaded, if its files show it."""
+    gguf = [name for name in names if name.lower().endswith(".gguf")]
+    if gguf:
+        raise LoadError(GGUF_REFUSAL.format(what=f"{where}/{gguf[0]}"))
+    pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
+    if pickles:
+        raise LoadError(
+            f"{where} has only pickled weights ({', '.join(pickles[:3])}), and unpickling runs code from the file. "
+            "Use a safetensors copy of the model, or convert it on a machine you can afford to lose."
+        )
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -276,14 +297,14 @@ def _refuse_gguf_name(name: str) -> None:
     lowered = name.lower()
     if Path(name).is_dir():
         return
-    if lowered.endswith(".gguf") or ":q" in lowered.rpartition("/")[2]:
+    if lowered.endswith(".gguf") or re.search(r":i?q\d", lowered):
         raise LoadError(GGUF_REFUSAL.format(what=name))
 
 
 def _refuse_gguf_folder(folder: Path) -> None:
     gguf = sorted(path.name for path in folder.glob("*") if path.suffix.lower() == ".gguf")
     if gguf and not any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
-        raise LoadError(GGUF_REFUSAL.format(what=folder / gguf[0]))
+        _refuse_unreadable(str(folder), gguf)
 
 
 def _has_key(value: Any, key: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import io
 import json
 import logging
 import re
@@ -88,7 +89,9 @@ def _generate_parser(parser: argparse.ArgumentParser) -> None:
         help="one prompt a line, or JSON lines with 'prompt' or 'input_ids'; - is standard input, also read without --prompt",
     )
     group = parser.add_argument_group("sampling")
-    group.add_argument("--max-new-tokens", "--max-tokens", dest="max_tokens", type=int, default=128, metavar="N")
+    group.add_argument(
+        "--max-new-tokens", "--max-tokens", dest="max_tokens", type=int, metavar="N", help="default: 128, or what fits"
+    )
     group.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the likeliest token"
     )
@@ -112,6 +115,7 @@ def _inspect_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="every module, as JSON")
 
 
+DEFAULT_NEW_TOKENS = 128
 LOADING = ("quantization", "kernel", "attention_backend", "dtype", "device", "trust_remote_code", "revision")
 ENGINE = (
     "tokenizer", "skip_tokenizer_init", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_total_tokens",
@@ -127,6 +131,8 @@ def _pick(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]
 def generate(arguments: argparse.Namespace) -> int:
     from runtime.request import SamplingParams
 
+    if arguments.stream and (arguments.json or arguments.n > 1):
+        raise InvalidRequest("--stream shows one answer as it comes; leave out --json and --n.")
     params = SamplingParams(**_pick(arguments, SAMPLING))
     prompts = read_prompts(arguments.prompt, arguments.prompt_file)
 
@@ -135,22 +141,30 @@ def generate(arguments: argparse.Namespace) -> int:
     llm = LLM(arguments.model_path, **_pick(arguments, LOADING + ENGINE))
     if not arguments.quiet:
         print(llm.report + "\n", file=sys.stderr)
-    if arguments.stream and not arguments.json:
-        for prompt in prompts:
-            _print_stream(llm, prompt, params)
+    each = [params if params.max_tokens is not None else _default_length(llm, prompt, params) for prompt in prompts]
+    if arguments.stream:
+        for prompt, settings in zip(prompts, each, strict=True):
+            _print_stream(llm, prompt, settings)
         return 0
-    outputs = llm.generate(prompts, params, use_tqdm=not arguments.quiet and sys.stderr.isatty())
-    for output in outputs:
+    failed = []
+    many = len(prompts) * arguments.n > 1
+    for output in llm.completed(prompts, each, use_tqdm=not arguments.quiet and sys.stderr.isatty()):
         if arguments.json:
             print(json.dumps(dataclasses.asdict(output), ensure_ascii=False), flush=True)
-            continue
-        for sample in output.outputs:
-            answer = sample.text if llm.get_tokenizer() else " ".join(map(str, sample.token_ids))
-            print(f"{output.prompt or ''}{answer}" + ("\n---" if len(prompts) * arguments.n > 1 else ""), flush=True)
-    failed = [sample.error for output in outputs for sample in output.outputs if sample.error]
+        else:
+            for sample in output.outputs:
+                answer = sample.text if llm.get_tokenizer() else " ".join(map(str, sample.token_ids))
+                print(f"{output.prompt or ''}{answer}" + "\n---" * many, flush=True)
+        failed += [sample.error for sample in output.outputs if sample.error]
     if failed:
-        print(f"relinear: {len(failed)} of {len(prompts)} prompts failed: {failed[0]}", file=sys.stderr)
+        print(f"relinear: {len(failed)} answers failed: {failed[0]}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _default_length(llm: Any, prompt: str | list[int], params: Any) -> Any:
+    """128 new tokens, or as many as fit behind the prompt."""
+    room = llm.engine.max_model_len - len(llm.engine.encode(prompt))
+    return dataclasses.replace(params, max_tokens=max(1, min(DEFAULT_NEW_TOKENS, room)))
 
 
 def _print_stream(llm: Any, prompt: str | list[int], params: Any) -> None:
@@ -183,29 +197,46 @@ def read_prompts(texts: Sequence[str], file: str | None) -> list[str | list[int]
             content = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidRequest(f"--prompt-file {file}: {error}") from error
-        prompts += [_parse(line, place) for place, line in enumerate(content.splitlines(), start=1) if line.strip()]
+        prompts += _parse_prompts(content)
     if not prompts:
         raise InvalidRequest("no prompt: the input is empty.")
     return prompts
 
 
-def _parse(line: str, place: int) -> str | list[int]:
-    """A JSON object with ``prompt`` or ``input_ids``; any other line is the prompt itself."""
+def _parse_prompts(content: str) -> list[str | list[int]]:
+    """JSON lines if the first line is a JSON object, else every line is a prompt; empty lines are left out."""
+    lines = [
+        (place, line) for place, line in enumerate(content.removeprefix("\ufeff").split("\n"), start=1) if line.strip()
+    ]
+    if not lines or not _is_object(lines[0][1]):
+        return [line.removesuffix("\r") for _, line in lines]
+    return [_parse_entry(line, place) for place, line in lines]
+
+
+def _is_object(line: str) -> bool:
     try:
-        entry = json.loads(line)
+        return isinstance(json.loads(line), dict)
     except ValueError:
-        return line
-    if not isinstance(entry, dict):
-        return line
+        return False
+
+
+def _parse_entry(line: str, place: int) -> str | list[int]:
+    if not _is_object(line):
+        raise InvalidRequest(f"line {place} is not a JSON object, as the first line is: {line[:60]!r}.")
+    entry = {key: value for key, value in json.loads(line).items() if value is not None}
     prompt = entry.get("prompt", entry.get("input_ids"))
-    if not isinstance(prompt, str | list):
+    if set(entry) - {"prompt", "input_ids"} or len(entry) != 1 or not isinstance(prompt, str | list):
         raise InvalidRequest(
-            f"line {place}: the JSON object needs 'prompt' (text) or 'input_ids' (a list of token ids)."
+            f"line {place}: a prompt is an object with either 'prompt' (text) or 'input_ids' (a list of token ids), "
+            f"not {', '.join(map(repr, entry)) or 'nothing'}. Sampling is set on the command line."
         )
     return prompt
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 gets escapes, not a crash
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     arguments = build_parser().parse_args(argv)
     try:

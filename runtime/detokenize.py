@@ -35,6 +35,9 @@ class Detokenizer:
         self._ids = list(prompt[-CONTEXT:])
         self._window = 0
         self._read = len(self._ids)
+        # A prompt may end inside a character: its half is no text yet.
+        while self._read and self._decode(self._ids[: self._read]).endswith(INCOMPLETE):
+            self._read -= 1
         self._held = ""
         self.matched: str | None = None
 

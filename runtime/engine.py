@@ -14,7 +14,7 @@ import itertools
 import logging
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from attention.base import AttentionError
@@ -60,7 +60,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig):
         self.config = config
-        checkpoint = Checkpoint.open(config.model, config.revision)
+        checkpoint = Checkpoint.open(config.model, config.revision, code=config.trust_remote_code)
         plan = make_plan(
             checkpoint,
             dtype=config.dtype,
@@ -115,7 +115,8 @@ class Engine:
             end_tokens = frozenset(params.stop_token_ids or ())
             if not params.ignore_eos:
                 end_tokens |= self.end_tokens
-            request = Request(uid, index, ids, params, max_tokens, generator, end_tokens)
+            own = params if index == 0 else replace(params, prompt_logprobs=None)  # the prompt is scored once
+            request = Request(uid, index, ids, own, max_tokens, generator, end_tokens)
             self._live[uid, index] = request
             if self.tokenizer is not None:
                 self._texts[request] = Detokenizer(
@@ -160,8 +161,8 @@ class Engine:
             )
         if max(params.stop_token_ids or (), default=0) >= self.vocabulary:
             raise InvalidRequest(f"stop_token_ids must be below {self.vocabulary}, the size of the vocabulary.")
-        if params.max_tokens == 0 and params.prompt_logprobs is None:
-            raise InvalidRequest("max_tokens 0 only scores the prompt: it needs prompt_logprobs.")
+        if params.max_tokens == 0 and (params.prompt_logprobs is None or params.n > 1):
+            raise InvalidRequest("max_tokens 0 only scores the prompt: it needs prompt_logprobs, and n = 1.")
         return room if params.max_tokens is None else params.max_tokens
 
     def request(self, uid: int, index: int = 0) -> Request:
@@ -269,7 +270,11 @@ class Engine:
 def _load_tokenizer(config: EngineConfig, checkpoint: Checkpoint) -> Any:
     from transformers import AutoTokenizer
 
-    folder = locate(config.tokenizer, config.revision) if config.tokenizer else checkpoint.folder
+    folder = (
+        locate(config.tokenizer, weights=False, code=config.trust_remote_code)
+        if config.tokenizer
+        else checkpoint.folder
+    )
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except Exception as error:

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from attention.base import UnsupportedAttention
+from attention.base import AttentionError, UnsupportedAttention
 from attention.hf import read_specs
 from attention.registry import select
 from runtime.checkpoint import Checkpoint
+from runtime.errors import LoadError
 from runtime.plan import LoadPlan, make_plan
 from runtime.report import attention_lines, inspect_data, inspect_text
 
@@ -43,9 +44,9 @@ def inspect(
 ) -> Inspection:
     """What loading ``model`` would do: every module's format, kernel and bytes, what stays dense and why, tensors without
     an owner. Raises :class:`LoadError` if it cannot be loaded at all; an attention that the engine cannot serve is
-    reported, not raised, because ``load_model`` does not need it."""
+    reported, not raised, because ``load_model`` does not need it. A Hub repository is downloaded first."""
     plan = make_plan(
-        Checkpoint.open(model, revision),
+        Checkpoint.open(model, revision, code=trust_remote_code),
         dtype=dtype,
         device=device,
         quantization=quantization,
@@ -57,4 +58,6 @@ def inspect(
         lines = attention_lines(specs, select(specs, plan.device, attention_backend))
     except UnsupportedAttention as error:
         lines = [("attention", f"the engine cannot serve this model: {error}")]
+    except AttentionError as error:
+        raise LoadError(str(error)) from error
     return Inspection(plan, lines)

@@ -7,8 +7,10 @@ documented extension point, swaps the planned linears on the meta device before,
 from __future__ import annotations
 
 import logging
+import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quant.base import QuantError
@@ -98,16 +101,17 @@ def load(plan: LoadPlan, attn_implementation: str | None = None) -> LoadedModel:
     if plan.method is not None:
         config.quantization_config = {"quant_method": QUANTIZER, "plan": plan}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            plan.checkpoint.folder,
-            config=config,
-            dtype=plan.dtype,
-            device_map=None if plan.device.type == "cpu" else {"": plan.device},
-            attn_implementation=attn_implementation,
-            trust_remote_code=plan.trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        with _progress(sys.stderr.isatty()):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                plan.checkpoint.folder,
+                config=config,
+                dtype=plan.dtype,
+                device_map=None if plan.device.type == "cpu" else {"": plan.device},
+                attn_implementation=attn_implementation,
+                trust_remote_code=plan.trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
     except QuantError as error:
         raise LoadError(f"{plan.checkpoint.folder}: {error}") from error
     except (ValueError, RuntimeError, OSError, ImportError) as error:
@@ -134,7 +138,7 @@ def load_model(
     ``path`` is a folder, a Hub repository or ``demo`` / ``demo-bf16``. ``quantization`` confirms the format, ``kernel``
     chooses what multiplies. Raises :class:`LoadError`.
     """
-    checkpoint = Checkpoint.open(path, revision)
+    checkpoint = Checkpoint.open(path, revision, code=trust_remote_code)
     plan = make_plan(
         checkpoint,
         dtype=dtype,
@@ -146,6 +150,19 @@ def load_model(
     loaded = load(plan, attn_implementation)
     logger.info("%s", load_report(loaded))
     return loaded.model
+
+
+@contextmanager
+def _progress(wanted: bool) -> Iterator[None]:
+    """Transformers' progress bar only where somebody can see it move."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    if not wanted:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def peak_rss() -> int:

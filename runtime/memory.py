@@ -40,6 +40,10 @@ def size_cache(config: EngineConfig, token_bytes: int, context: int | None, devi
     :data:`CACHE_FRACTION` of the available memory. Raises :class:`LoadError` if ``max_model_len`` was asked for and does
     not fit; if it was not, it is lowered to what fits.
     """
+    if context is not None and (config.max_model_len or 0) > context:
+        raise LoadError(
+            f"max_model_len {config.max_model_len} is more than the {context} positions that the model was made for."
+        )
     available = available_bytes(device)
     wanted = config.max_model_len or context or 4096
     if config.max_total_tokens is not None:

@@ -126,6 +126,11 @@ def make_plan(
     headers = rename_headers(checkpoint, model)
     try:
         method = _resolve_method(checkpoint, headers.tensors, quantization)
+        if kernel is not None and method is None:
+            kernels.create(kernel)
+            raise NoKernel(
+                f"--kernel {kernel} multiplies by quantized weights, and this checkpoint has none. Leave it out."
+            )
         modules = _plan_linears(model, method, headers.tensors, place, precision, kernel)
     except QuantError as error:
         raise LoadError(f"{checkpoint.folder}: {error}") from error

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from enum import Enum
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from runtime.errors import InvalidRequest
 
@@ -23,10 +23,11 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to continue a prompt. Validates itself; names and meanings are vLLM's.
+    """How to continue a prompt. Validates itself; names are vLLM's.
 
     ``temperature`` 0 is greedy. ``top_k`` 0 or -1, ``top_p`` 1 and ``min_p`` 0 switch that filter off. ``seed`` makes the
-    tokens of this request independent of what else is being generated. ``max_tokens=None`` goes to the end of the
+    random numbers of this request independent of what else is being generated. Before ``min_tokens`` an end token does not
+    end the answer. ``max_tokens=None`` goes to the end of the
     context; 0 only scores the prompt (with ``prompt_logprobs``). ``logprobs=k`` reports the ``k`` most likely tokens and
     the chosen one, of the *model's* distribution, before temperature and filters.
 
@@ -50,9 +51,9 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        stop = self._items("stop", (str,))
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "stop_token_ids", self._items("stop_token_ids", ()))
         for name in ("n", "top_k", "min_tokens"):
             self._integer(name)
         for name in ("seed", "max_tokens", "logprobs", "prompt_logprobs"):
@@ -86,9 +87,20 @@ class SamplingParams:
             f"stop must be at most {MAX_STOP_STRINGS} non-empty strings, not {self.stop!r}",
         )
         _require(
-            all(isinstance(token, int) and not isinstance(token, bool) for token in self.stop_token_ids or ()),
-            f"stop_token_ids must be integers, not {self.stop_token_ids!r}",
+            all(
+                isinstance(token, int) and not isinstance(token, bool) and token >= 0
+                for token in self.stop_token_ids or ()
+            ),
+            f"stop_token_ids must be token ids, not {self.stop_token_ids!r}",
         )
+
+    def _items(self, name: str, single: tuple[type, ...]) -> tuple[Any, ...]:
+        """The values of a field that takes a sequence, or one value of a type in ``single``."""
+        value = getattr(self, name)
+        if isinstance(value, single):
+            return (value,)
+        _require(value is None or isinstance(value, Sequence | Set), f"{name} must be a list, not {value!r}")
+        return tuple(value or ())
 
     def _integer(self, name: str) -> None:
         value = getattr(self, name)

@@ -2,7 +2,7 @@
 
 Order and meaning of the filters are those of Transformers' logits processors: temperature, then top-k, top-p, min-p,
 each on what the one before left. One uniform number per sampled token, drawn from the request's own generator, picks the
-token by inverting the cumulative distribution; so a seed gives the same tokens whatever else is in the batch.
+token by inverting the cumulative distribution; so a seed draws the same numbers whatever else is in the batch.
 """
 
 from __future__ import annotations

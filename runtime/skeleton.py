@@ -27,6 +27,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
         place = torch.device(device)
     except RuntimeError as error:
         raise LoadError(f"device {device!r} is not known to torch; try 'cpu' or 'cuda'.") from error
+    if place.type not in ("cpu", "cuda"):
+        raise LoadError(f"device {device} is not supported; choose 'cpu' or 'cuda'.")
     if place.type == "cuda" and not torch.cuda.is_available():
         raise LoadError(
             f"device {device} was asked for, but torch {torch.__version__} sees no CUDA device here. Try 'cpu'."
@@ -41,6 +43,8 @@ def resolve_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint, device: torc
     a CPU, which has no fast float16 matrix multiply and no reason to risk its overflows.
     """
     if isinstance(dtype, torch.dtype):
+        if dtype not in DTYPE_NAMES.values():
+            raise LoadError(f"{dtype} is no dtype to compute in; choose {', '.join(DTYPE_NAMES)}.")
         return dtype, ""
     if dtype != "auto":
         if dtype not in DTYPE_NAMES:
@@ -65,7 +69,7 @@ def read_model_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    model_type = checkpoint.config.get("model_type")
+    model_type = str(checkpoint.config.get("model_type"))
     if not trust_remote_code and model_type not in CONFIG_MAPPING_NAMES:
         import transformers
 

@@ -23,15 +23,17 @@ from torch.nn import functional as F
 
 from quant.base import LinearKernel, LinearShape, QuantWeight, Scheme
 from quant.kernels import native
-from quant.packing import unpack_stream
+from quant.packing import pack_stream, unpack_stream
 
 PATHS = ("portable", "avx2", "avx512", "avx512-bf16", "amx")
 """What ``cpu_int4.c`` has code for, in its order."""
 AVX512, BF16, AMX = 2, 3, 4
 
-PANEL_ROWS = (16, 32, 32, 48)
-"""By path: more rows than this go by panels."""
-PANEL_BYTES = 1 << 20
+PANEL_ROWS = (8, 64, 64, 96)
+"""By path: more rows than this go by panels; measured at 4096 x 4096."""
+PANEL_ROWS_PER_GROUP = 6
+"""With AMX, bfloat16 x goes by panels beyond this many rows for every input of a group: small groups cost more there."""
+PANEL_BYTES = 2 << 20
 THREAD_WEIGHTS = 1 << 18
 """Weights that are worth one more thread."""
 
@@ -70,6 +72,9 @@ class CpuKernel(LinearKernel):
     def __init__(self, widest: str = PATHS[-1]) -> None:
         self.widest = PATHS.index(widest)
 
+    def __deepcopy__(self, memo: dict[int, object]) -> CpuKernel:
+        return self  # the library is loaded once
+
     @cached_property
     def _native(self) -> ctypes.CDLL:
         library = _library()
@@ -96,60 +101,84 @@ class CpuKernel(LinearKernel):
         return library if isinstance(library, str) else None
 
     def prepare(self, weight: QuantWeight) -> QuantWeight:
-        bits, outputs, inputs = weight.scheme.kind.bits, weight.shape.out_features, weight.shape.in_features
+        outputs, inputs = weight.shape.out_features, weight.shape.in_features
         group, padded = _group(weight)
         groups, tiles = -(-inputs // group), -(-outputs // TILE)
         rows = tiles * TILE - outputs
-        centre = 8 - 2 ** (bits - 1)  # moves codes of 2 and 3 bits to the middle of 4
+        centre = 8 - 2 ** (weight.scheme.kind.bits - 1)  # moves codes of 2 and 3 bits to the middle of 4
 
-        codes = F.pad(unpack_stream(weight.q, bits, inputs) + centre ^ 8, (0, groups * group - inputs, 0, rows))
-        codes = F.pad(codes.view(-1, groups, group), (0, padded - group)).view(tiles, 2, TILE // 2, groups, -1, 8)
-        words = codes[..., [0, 4, 1, 5]] | codes[..., [2, 6, 3, 7]] << 4  # [.., 4], the bytes of a word
-        q = _in_huge_pages(words.permute(0, 3, 1, 4, 2, 5))
+        nibbles = weight.q
+        if centre or groups * padded != inputs:
+            codes = unpack_stream(weight.q, weight.scheme.kind.bits, inputs) + centre
+            codes = F.pad(codes, (0, groups * group - inputs)).view(-1, groups, group)
+            nibbles = pack_stream(F.pad(codes, (0, padded - group)).flatten(1), 4)
+        words = F.pad(nibbles.view(torch.int32) ^ -0x77777778, (0, 0, 0, rows))  # code - 8, in two's complement
+        for distance, movers in ((4, 0x00F000F0), (8, 0x0000FF00)):  # even nibbles down, odd ones up
+            swap = (words ^ words >> distance) & movers
+            words ^= swap ^ swap << distance
+        words = words.view(tiles, 2, TILE // 2, groups, padded // 8).permute(0, 3, 1, 4, 2)
 
         def tiled(blocks: Tensor) -> Tensor:
             rows_of_scales = blocks.repeat_interleave(weight.scheme.block[0], 0)[:outputs]
             return F.pad(rows_of_scales, (0, 0, 0, rows)).view(tiles, TILE, groups).transpose(1, 2).contiguous()
 
         zero = None if weight.zero is None else tiled(weight.zero + centre)
-        return replace(weight, q=q, scale=tiled(weight.scale), zero=zero, layout="cpu-int4")
+        return replace(weight, q=_in_huge_pages(words), scale=tiled(weight.scale), zero=zero, layout="cpu-int4")
 
     def apply(self, x: Tensor, weight: QuantWeight, bias: Tensor | None) -> Tensor:
         shape = weight.shape
         if x.device.type != "cpu" or x.dtype not in TYPES or x.shape[-1] != shape.in_features:
             raise ValueError(f"x is {x.dtype} {list(x.shape)} on {x.device}, the weight is {shape} on a CPU")
-        dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-        rows = x.detach().reshape(-1, shape.in_features).to(dtype).contiguous()
-        bias = None if bias is None else bias.detach().to(dtype).contiguous()
-        y = rows.new_empty(len(rows), shape.out_features)
-        path = self._path_of(rows, weight)
-        if path < AMX and len(rows) > PANEL_ROWS[path]:
-            self._by_panels(rows, weight, bias, y)
-        elif len(rows):
-            job = _job(weight, y, x=rows.data_ptr(), rows=len(rows), pieces=PIECES[x.dtype], outputs=shape.out_features)
-            job.bias = None if bias is None else bias.data_ptr()
-            if self._native.linear(path, _threads(shape.in_features * shape.out_features), ctypes.byref(job)):
-                raise MemoryError(f"no memory to multiply {list(rows.shape)} by {shape}")
+        rows = x.detach().reshape(-1, shape.in_features)
+        y = self._by_panels(rows, weight, bias) if self._many(rows, weight) else self._directly(rows, weight, bias)
         return y.view(*x.shape[:-1], shape.out_features).to(x.dtype)
 
-    def _path_of(self, rows: Tensor, weight: QuantWeight) -> int:
+    def _path_for(self, rows: Tensor, weight: QuantWeight) -> int:
         if self._path < AMX:
             return min(self._path, BF16 if rows.dtype == torch.bfloat16 else AVX512)
         return AMX if len(rows) > 1 and _group(weight)[0] % 32 == 0 else AVX512  # where AMX is, BF16 is the slower one
 
-    def _by_panels(self, rows: Tensor, weight: QuantWeight, bias: Tensor | None, y: Tensor) -> None:
+    def _many(self, rows: Tensor, weight: QuantWeight) -> bool:
+        """Whether torch multiplies by panels sooner than we do by codes."""
+        path = self._path_for(rows, weight)
+        if path < AMX:
+            return len(rows) > PANEL_ROWS[path]
+        return rows.dtype == torch.bfloat16 and len(rows) > PANEL_ROWS_PER_GROUP * _group(weight)[0]
+
+    def _directly(self, rows: Tensor, weight: QuantWeight, bias: Tensor | None) -> Tensor:
+        path, pieces = self._path_for(rows, weight), PIECES[rows.dtype]
+        rows, bias = _as(torch.bfloat16 if rows.dtype == torch.bfloat16 else torch.float32, rows, bias)
         outputs, inputs = weight.shape.out_features, weight.shape.in_features
-        if self._path < BF16:  # torch is slow in bfloat16 there
-            rows, bias = rows.float(), None if bias is None else bias.float()
+        y = rows.new_empty(len(rows), outputs)
+        job = _job(weight, y, outputs=outputs, x=rows.data_ptr(), rows=len(rows), pieces=pieces)
+        job.bias = None if bias is None else bias.data_ptr()
+        if len(rows) and self._native.linear(path, _threads(inputs * outputs), ctypes.byref(job)):
+            raise MemoryError(f"no memory to multiply {list(rows.shape)} by {weight.shape}")
+        return y
+
+    def _by_panels(self, rows: Tensor, weight: QuantWeight, bias: Tensor | None) -> Tensor:
+        fast = rows.dtype == torch.bfloat16 and self._path >= BF16  # elsewhere torch is slow in bfloat16
+        rows, bias = _as(torch.bfloat16 if fast else torch.float32, rows, bias)
+        outputs, inputs = weight.shape.out_features, weight.shape.in_features
+        y = rows.new_empty(len(rows), outputs)
         width = max(1, PANEL_BYTES // (inputs * rows.itemsize * TILE)) * TILE
         memory = rows.new_empty(inputs * width)
         for first in range(0, outputs, width):
-            last = min(first + width, outputs)
-            columns = -(-(last - first) // TILE) * TILE
+            here = slice(first, min(first + width, outputs))
+            columns = -(-(here.stop - first) // TILE) * TILE
             panel = memory[: inputs * columns].view(inputs, columns)
             job = _job(weight, panel, first // TILE, outputs=columns)
             self._native.dequantize(self._path, _threads(inputs * columns), ctypes.byref(job))
-            y[:, first:last] = F.linear(rows, panel[:, : last - first].T, None if bias is None else bias[first:last])
+            panel = panel[:, : here.stop - first]
+            if bias is None:
+                torch.mm(rows, panel, out=y[:, here])
+            else:
+                torch.addmm(bias[here], rows, panel, out=y[:, here])
+        return y
+
+
+def _as(dtype: torch.dtype, rows: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return rows.to(dtype).contiguous(), None if bias is None else bias.detach().to(dtype).contiguous()
 
 
 def _group(weight: QuantWeight) -> tuple[int, int]:

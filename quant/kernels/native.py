@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -30,15 +31,25 @@ def load(source: Path, *headers: Path) -> ctypes.CDLL:
     if compiler is None:
         raise CannotBuild("no C compiler found: install one (cc) to use it")
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    content = b"".join(path.read_bytes() for path in (source, *headers))
+    try:
+        content = b"".join(path.read_bytes() for path in (source, *headers))
+    except OSError as error:
+        raise CannotBuild(f"the installation is incomplete ({error}): install relinear again") from error
     folder = _cache_folder()
+    errors = ""
     for flags in ((*FLAGS, "-fopenmp"), FLAGS):
-        key = hashlib.sha256(b"\0".join([content, version, " ".join(flags).encode()])).hexdigest()[:16]
-        library = folder / f"{source.stem}-{key}.so"
-        errors = "" if library.exists() else _compile([compiler, *flags, str(source)], library)
-        if library.exists():
-            return ctypes.CDLL(str(library))
-    raise CannotBuild(f"{compiler} cannot compile {source.name}, a newer one might ({errors})")
+        parts = [content, version, platform.machine().encode(), " ".join(flags).encode()]
+        library = folder / f"{source.stem}-{hashlib.sha256(bytes(1).join(parts)).hexdigest()[:16]}.so"
+        for _ in range(2):
+            errors = "" if library.exists() else _compile([compiler, *flags, str(source)], library)
+            if not library.exists():
+                break
+            try:
+                return ctypes.CDLL(str(library))
+            except OSError as error:  # a damaged file: build it once more
+                errors = str(error)
+                library.unlink(missing_ok=True)
+    raise CannotBuild(f"{compiler} cannot build {source.name} for this machine ({errors}): try another compiler")
 
 
 def _cache_folder() -> Path:

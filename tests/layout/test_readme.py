@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import tomllib
 from pathlib import Path
 
 from runtime.cli import build_parser
@@ -22,6 +24,24 @@ def test_the_tree_names_every_module() -> None:
         for path in (ROOT / package).glob("*.py"):
             if not path.stem.startswith("__"):
                 assert re.search(rf"\b{path.stem}\b", tree), f"{package}/{path.name} is not in README's tree"
+
+
+def test_relative_links_lead_somewhere() -> None:
+    for page in ("README.md", "CONTRIBUTING.md"):
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text()):
+            assert (ROOT / link).exists(), f"{page}: {link}"
+
+
+def test_the_package_takes_every_file_that_is_not_python() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    for package in ("runtime", "quant", "attention"):
+        tracked = subprocess.run(
+            ["git", "ls-files", package], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+        for name in tracked.split():
+            if not name.endswith(".py"):
+                inside = Path(name).relative_to(package)
+                assert any(inside.match(pattern) for pattern in listed.get(package, [])), f"{name} is not packaged"
 
 
 def test_make_targets_exist() -> None:

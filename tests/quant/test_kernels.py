@@ -250,6 +250,14 @@ def test_processes_may_build_together(source: Path) -> None:
     assert len(list(native.CACHE.iterdir())) == 1
 
 
+def test_a_damaged_library_is_built_again(source: Path) -> None:
+    native.load(source)
+    (built,) = native.CACHE.iterdir()
+    built.unlink()  # still mapped by this process: a new file, not new content
+    built.write_bytes(b"not a library")
+    assert native.load(source).answer() == 42
+
+
 def test_a_compiler_without_openmp_will_do(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = tmp_path / "plain-cc"
     compiler.write_text('#!/bin/sh\ncase "$*" in *-fopenmp*) exit 1;; esac\nexec cc "$@"\n')
@@ -260,8 +268,10 @@ def test_a_compiler_without_openmp_will_do(source: Path, tmp_path: Path, monkeyp
 
 def test_what_cannot_be_built_says_why(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source.write_text("int answer(void) { return nothing; }\n")
-    with pytest.raises(native.CannotBuild, match=r"cannot compile answer\.c, .*nothing"):
+    with pytest.raises(native.CannotBuild, match=r"cannot build answer\.c for this machine .*nothing"):
         native.load(source)
+    with pytest.raises(native.CannotBuild, match="the installation is incomplete"):
+        native.load(source.with_name("absent.c"))
     native.CACHE.chmod(0o777)
     with pytest.raises(native.CannotBuild, match=r"others may write to .*chmod it to 700"):
         native.load(source)

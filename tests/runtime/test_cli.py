@@ -30,11 +30,11 @@ def test_generate_reports_on_stderr_and_answers_on_stdout() -> None:
 
 
 def test_prompts_from_standard_input_as_json_lines() -> None:
-    lines = '{"prompt": "import os\\n"}\n{"input_ids": [520, 1218]}\nplain text\n'
+    lines = '{"prompt": "import os\\n"}\n{"input_ids": [520, 1218], "prompt": null}\n{"prompt": "a\u2028b"}\n'
     done = relinear("generate", "--model", "demo", "--json", "--quiet", "--max-tokens", "4", "--seed", "1", stdin=lines)
     assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [row["prompt"] for row in rows] == ["import os\n", None, "plain text"]
+    rows = [json.loads(line) for line in done.stdout.rstrip("\n").split("\n")]
+    assert [row["prompt"] for row in rows] == ["import os\n", None, "a\u2028b"]
     assert rows[1]["prompt_token_ids"] == [520, 1218]
     assert all(len(row["outputs"][0]["token_ids"]) <= 4 for row in rows)
     assert "kernel" not in done.stderr
@@ -84,13 +84,46 @@ def test_bad_sampling_values_fail_before_loading(flag: list[str], capsys: pytest
 
 def test_prompt_files(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
-    file.write_text('first line\n\n{"prompt": "two\\nlines"}\n{not json\n')
-    assert read_prompts(["zero"], str(file)) == ["zero", "first line", "two\nlines", "{not json"]
-    file.write_text('{"text": "wrong key"}\n')
-    with pytest.raises(InvalidRequest, match=r"line 1.*'prompt'"):
+    file.write_text("first line\n\nform\ffeed and \u2028 stay\n{not json\n", encoding="utf-8")
+    assert read_prompts(["zero"], str(file)) == ["zero", "first line", "form\ffeed and \u2028 stay", "{not json"]
+    file.write_text('\ufeff{"prompt": "two\\nlines"}\n{"input_ids": [1, 2]}\n', encoding="utf-8")
+    assert read_prompts([], str(file)) == ["two\nlines", [1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ('{"prompt": "trunc', r"line 2 is not a JSON object"),
+        ('{"text": "wrong key"}', r"line 2: a prompt is an object with either 'prompt'.*'text'"),
+        ('{"prompt": "x", "max_tokens": 3}', r"line 2: .*'max_tokens'.*command line"),
+        ('{"prompt": 5}', "line 2"),
+    ],
+)
+def test_json_lines_that_are_not_prompts(tmp_path: Path, second: str, message: str) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "fine"}\n' + second + "\n")
+    with pytest.raises(InvalidRequest, match=message):
         read_prompts([], str(file))
+
+
+def test_a_prompt_file_that_is_missing(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match=r"missing\.txt"):
         read_prompts([], str(tmp_path / "missing.txt"))
+
+
+@pytest.mark.parametrize("flag", [["--json"], ["--n", "2"]])
+def test_a_stream_shows_one_answer(flag: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--model-path", "demo", "--prompt", "x", "--stream", *flag]) == 1
+    assert "leave out --json and --n" in capsys.readouterr().err
+
+
+def test_a_long_prompt_gets_as_many_tokens_as_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"input_ids": [5] * 1020}) + "\n")
+    assert (
+        main(["generate", "--model-path", "demo", "--prompt-file", str(file), "--json", "--quiet", "--ignore-eos"]) == 0
+    )
+    assert len(json.loads(capsys.readouterr().out)["outputs"][0]["token_ids"]) == 4
 
 
 def test_no_prompt_at_all() -> None:

@@ -54,6 +54,12 @@ def test_a_character_cut_off_at_the_end_is_flushed_as_decode_gives_it(tokenizer:
     assert "".join(emitted).endswith("\ufffd")
 
 
+def test_a_prompt_that_ends_inside_a_character(tokenizer: Any) -> None:
+    ids = pieces(tokenizer, "a 🙂")
+    detokenizer = Detokenizer(tokenizer, ids[:-1])
+    assert detokenizer.feed(ids[-1]) + detokenizer.flush() == "🙂"
+
+
 def test_random_tokens_add_up_to_what_decode_gives(tokenizer: Any) -> None:
     chance = random.Random(0)
     for _ in range(20):

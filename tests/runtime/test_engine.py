@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import AutoTokenizer
 
 from runtime import LLM, SamplingParams, load_model
+from runtime.checkpoint import locate
 from tests.awq_writer import write_awq
 from tests.tiny_models import VOCABULARY, tiny_model
 
@@ -62,15 +64,56 @@ def test_greedy_tokens_are_those_of_each_sequence_alone(checkpoint: tuple[str, l
     assert (stats.preemptions >= 5) == load.startswith("few-blocks"), stats
 
 
-def test_the_bundled_model_says_what_transformers_says_with_dequantized_weights() -> None:
-    plain = dequantized(load_model("demo", dtype="float32", kernel="reference"))
-    llm = LLM("demo", dtype="float32", max_num_batched_tokens=32)
-    prompts = ["def main():\n", "class Stack:\n", "import os\n\ndef walk(path):\n", "try:\n"]
-    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=48))
-    for prompt, output in zip(prompts, outputs, strict=True):
-        ids = torch.tensor([llm.engine.encode(prompt)])
-        expected = plain.generate(ids, max_new_tokens=48, do_sample=False)[0, ids.shape[1] :].tolist()
-        assert output.outputs[0].token_ids == expected
+BUNDLED_LOADS: dict[str, dict[str, Any]] = {
+    "ample": {},
+    "budget-7": {"max_num_batched_tokens": 7},
+    "few-blocks": {"max_total_tokens": 96, "block_size": 4},
+}
+BUNDLED_PROMPTS = [
+    "def main():",
+    "class Stack:",
+    "import os\n\ndef walk(path):",
+    "try:",
+    "def read(path):\n    with open(",
+]
+
+
+@pytest.fixture(scope="module")
+def bundled() -> list[list[int]]:
+    """What Transformers' own ``generate`` answers with the dequantized weights of the bundled AWQ model."""
+    plain: Any = dequantized(load_model("demo", dtype="float32", kernel="reference"))
+    tokenizer = AutoTokenizer.from_pretrained(locate("demo"))
+    answers = []
+    for prompt in BUNDLED_PROMPTS:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        answers.append(plain.generate(ids, max_new_tokens=32, do_sample=False)[0, ids.shape[1] :].tolist())
+    return answers
+
+
+@pytest.mark.parametrize("load", BUNDLED_LOADS)
+def test_the_bundled_model_says_what_transformers_says(bundled: list[list[int]], load: str) -> None:
+    llm = LLM("demo", dtype="float32", **BUNDLED_LOADS[load])
+    outputs = llm.generate(BUNDLED_PROMPTS, SamplingParams(temperature=0, max_tokens=32))
+    assert [output.outputs[0].token_ids for output in outputs] == bundled
+    stats = llm.engine.stats()
+    assert stats.free_blocks == stats.blocks
+    assert (stats.preemptions > 0) == (load == "few-blocks")
+
+
+def test_preempted_scores_samples_and_seeds_are_those_of_ample_memory() -> None:
+    scored = SamplingParams(n=3, temperature=0.9, seed=4, max_tokens=20, prompt_logprobs=2, ignore_eos=True)
+    prompts = ["def main():\n    return", "class Stack:", "import os"]
+    ample, short = (
+        LLM("demo", dtype="float32", **options).generate(prompts, scored)
+        for options in ({}, {"max_total_tokens": 40, "block_size": 1, "max_num_batched_tokens": 9})
+    )
+    for left, right in zip(ample, short, strict=True):
+        assert [s.token_ids for s in left.outputs] == [s.token_ids for s in right.outputs]
+        assert left.prompt_logprobs is not None
+        assert right.prompt_logprobs is not None
+        assert [row and sorted(row) for row in left.prompt_logprobs] == [
+            row and sorted(row) for row in right.prompt_logprobs
+        ]
 
 
 def dequantized(model: nn.Module) -> nn.Module:

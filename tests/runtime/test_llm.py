@@ -75,14 +75,44 @@ def test_a_stream_that_is_not_read_to_the_end_is_aborted(llm: LLM) -> None:
     assert not llm.engine.has_work
 
 
-def test_a_seed_gives_the_same_tokens_whatever_the_batch_mates(llm: LLM) -> None:
-    params = SamplingParams(temperature=1.0, top_p=0.95, seed=7, max_tokens=20)
+def test_a_stream_and_a_call_in_between_get_what_is_theirs(llm: LLM) -> None:
+    whole = [output.outputs[0].text for output in llm.generate(PROMPTS[:2], GREEDY)]
+    stream = llm.stream(PROMPTS[0], GREEDY)
+    first = next(stream)[1].text
+    assert llm.generate(PROMPTS[1], GREEDY)[0].outputs[0].text == whole[1]
+    assert first + "".join(delta.text for _, delta in stream) == whole[0]
+
+
+def test_an_interrupted_call_leaves_nothing_running(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(self: Runner, plan: Any) -> StepResult:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Runner, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(PROMPTS, GREEDY)
+    assert not llm.engine.has_work
+
+
+def test_prompts_may_be_arrays_and_parameters_positional() -> None:
+    llm = LLM("demo", "awq", "float32")
+    ids = torch.tensor([520, 1218, 66])
+    expected = llm.generate(ids.tolist(), GREEDY)[0].outputs[0].token_ids
+    for prompt in (ids, ids.numpy(), [ids], tuple(ids.tolist())):
+        assert llm.generate(prompt, GREEDY)[0].outputs[0].token_ids == expected
+    assert llm.score(ids).token_ids == ids.tolist()
+    with pytest.raises(InvalidRequest, match="must be SamplingParams"):
+        llm.generate("a", {"temperature": 0})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_seed_gives_the_same_tokens_whatever_the_batch_mates(llm: LLM, seed: int) -> None:
+    params = SamplingParams(temperature=1.0, top_p=0.95, seed=seed, max_tokens=20)
     alone = llm.generate(PROMPTS[0], params)[0].outputs[0].token_ids
     other = SamplingParams(temperature=1.3, max_tokens=9)
     mixed = llm.generate([PROMPTS[2], PROMPTS[0], PROMPTS[1]], [other, params, GREEDY])
     assert mixed[1].outputs[0].token_ids == alone
     assert (
-        llm.generate(PROMPTS[0], SamplingParams(temperature=1.0, top_p=0.95, seed=8, max_tokens=20))[0]
+        llm.generate(PROMPTS[0], SamplingParams(temperature=1.0, top_p=0.95, seed=seed + 100, max_tokens=20))[0]
         .outputs[0]
         .token_ids
         != alone
@@ -182,6 +212,7 @@ def test_prompt_logprobs_beside_generation(llm: LLM) -> None:
         ([5] * 2000, {"max_tokens": None}, "2000 tokens"),
         ([5], {"stop_token_ids": [5000]}, "stop_token_ids must be below 4096"),
         ([5], {"max_tokens": 0}, "needs prompt_logprobs"),
+        ([5], {"max_tokens": 0, "prompt_logprobs": 0, "n": 2}, "n = 1"),
     ],
 )
 def test_what_can_never_be_served_is_refused(llm: LLM, prompt: Any, params: dict[str, Any], message: str) -> None:
@@ -215,6 +246,8 @@ def test_a_context_beyond_the_cache_names_what_fits() -> None:
         LLM("demo", max_model_len=512, max_total_tokens=64)
     with pytest.raises(LoadError, match=r"takes .* available\. At most \d+ tokens fit"):
         LLM("demo", max_total_tokens=10**12)
+    with pytest.raises(LoadError, match=r"max_model_len 3000 is more than the 1024 positions"):
+        LLM("demo", max_model_len=3000)
 
 
 def test_without_a_tokenizer() -> None:

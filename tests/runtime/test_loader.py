@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
@@ -103,6 +104,12 @@ def test_naming_the_format_does_not_choose_the_kernel() -> None:
 def test_an_unknown_kernel_is_an_error_that_lists_the_known() -> None:
     with pytest.raises(LoadError, match=r"(?s)marlin.*reference"):
         load_model(AWQ, kernel="marlin")
+    with pytest.raises(LoadError, match=r"(?s)marlin.*reference"):
+        load_model("demo-bf16", kernel="marlin")
+    with pytest.raises(LoadError, match="this checkpoint has none"):
+        load_model("demo-bf16", kernel="reference")
+    with pytest.raises(LoadError, match="unknown attention backend 'nonsense'"):
+        inspect(AWQ, attention_backend="nonsense")
 
 
 def test_an_asked_kernel_is_taken() -> None:
@@ -119,7 +126,12 @@ def test_an_unknown_method_names_the_known(folder: Path, name: str) -> None:
 
 
 def test_an_unknown_option_value_is_an_error(folder: Path) -> None:
-    for options, message in (({"dtype": "int4"}, "dtype 'int4'"), ({"device": "tpu9"}, "tpu9")):
+    for options, message in (
+        ({"dtype": "int4"}, "dtype 'int4'"),
+        ({"dtype": torch.int8}, "no dtype to compute in"),
+        ({"device": "tpu9"}, "tpu9"),
+        ({"device": "meta"}, "device meta is not supported"),
+    ):
         with pytest.raises(LoadError, match=message):
             load_model(folder, **options)
 
@@ -207,6 +219,50 @@ def test_quantized_codes_are_never_read_as_dense_weights(folder: Path) -> None:
     edit_tensors(folder, lambda t: t.update({k: v.to(torch.float8_e4m3fn) for k, v in t.items() if "proj" in k}))
     with pytest.raises(LoadError, match="quantized values, but the checkpoint's configuration does not say"):
         load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda t, name: t.pop(name),
+        lambda t, name: t.update({name: t[name][:, :-1].clone()}),
+    ],
+    ids=["missing", "cut"],
+)
+def test_a_damaged_expert_is_found_before_weights_are_read(tmp_path: Path, damage: Any) -> None:
+    from tests.tiny_models import tiny_model
+
+    tiny_model("mixtral").save_pretrained(tmp_path)
+    edit_tensors(tmp_path, lambda t: damage(t, next(name for name in sorted(t) if "experts.2" in name)))
+    with pytest.raises(LoadError, match=r"experts\.\w+ .* is made of \d+ stored tensors"):
+        inspect(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": ["llama"]}, "model type"),
+        ({"torch_dtype": "float16", "quantization_config": []}, "not an object"),
+    ],
+)
+def test_configuration_of_the_wrong_kind(folder: Path, changes: dict[str, Any], message: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(LoadError, match=message):
+        load_model(folder)
+
+
+def test_an_adapter_is_not_a_model(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(LoadError, match="is an adapter"):
+        load_model(folder)
+
+
+def test_a_loaded_model_can_be_copied() -> None:
+    model = load_model("demo", dtype="float32")
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.inference_mode():
+        assert torch.equal(copy.deepcopy(model)(ids).logits, model(ids).logits)
 
 
 # Remote code

@@ -19,6 +19,7 @@ from runtime.request import FinishReason, Request, SamplingParams
         ("top_p", 0), ("top_p", 1.01), ("top_k", -2), ("top_k", 2.5), ("min_p", -0.1), ("min_p", 1.5),
         ("seed", "x"), ("seed", 10**30), ("max_tokens", -1), ("max_tokens", 1.0), ("min_tokens", -1), ("min_tokens", 500),
         ("stop", [""]), ("stop", [1]), ("stop", ["x"] * 10_000), ("stop_token_ids", ["a"]),
+        ("stop_token_ids", 5), ("stop_token_ids", [-1]), ("stop", 5),
         ("logprobs", -1), ("logprobs", 10**6), ("prompt_logprobs", -1),
     ],
 )  # fmt: skip
