@@ -250,7 +250,10 @@ def _refuse_unreadable(where: str, names: Sequence[str]) -> None:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    weights = read_json(index).get("weight_map")
+    content = read_json(index)
+    if "metadata" not in content:
+        raise LoadError(f'{index} has no "metadata", which Transformers needs. Add "metadata": {{}} to it.')
+    weights = content.get("weight_map")
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights.values()):
         raise LoadError(
             f"{index} has no weight_map from tensor names to file names. The file is damaged; fetch it again."

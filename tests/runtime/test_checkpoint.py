@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from runtime.checkpoint import Checkpoint, locate, read_header
 from runtime.errors import LoadError
+from runtime.loader import load_model
 
 AWQ = Path(__file__).parents[1] / "checkpoints" / "autoawq--gemm-g128"
 
@@ -36,7 +37,8 @@ def shard(folder: Path) -> Path:
         save_file({name: tensors[name] for name in chosen}, folder / file)
     (folder / "model.safetensors").unlink()
     index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {name: file for file, chosen in parts.items() for name in chosen}}))
+    weights = {name: file for file, chosen in parts.items() for name in chosen}
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weights}))
     return index
 
 
@@ -182,6 +184,17 @@ def test_an_index_does_not_leave_the_folder(folder: Path, name: str) -> None:
     edit_json(index, weight_map={"x": name})
     with pytest.raises(LoadError, match="not a plain file name"):
         Checkpoint.open(folder)
+
+
+def test_shards_load_like_one_file(folder: Path) -> None:
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    with torch.inference_mode():
+        whole = load_model(folder, dtype="float32")(ids).logits
+        index = shard(folder)
+        assert torch.equal(load_model(folder, dtype="float32")(ids).logits, whole)
+    index.write_text(json.dumps({"weight_map": json.loads(index.read_text())["weight_map"]}))
+    with pytest.raises(LoadError, match='has no "metadata"'):
+        load_model(folder)
 
 
 def test_a_tensor_in_two_shards(folder: Path) -> None:
