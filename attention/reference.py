@@ -43,16 +43,14 @@ class ReferenceBackend(AttentionBackend):
         cache: KVCache,
         sinks: Tensor | None,
     ) -> Tensor:
-        keys, values = cache.k[call].flatten(0, 1), cache.v[call].flatten(0, 1)  # [slots, Hkv, D]
-        keys[batch.slots] = k.to(keys.dtype)
-        values[batch.slots] = v.to(values.dtype)
-
+        cache.write(call, batch.slots, k, v)
         out = q.new_empty(q.shape[0], spec.heads, spec.value_dim)
         positions = batch.positions()
         for sequences, rows in _tiles(batch):
             seen = positions[rows]  # [B, Q]
             key_positions, slots = _visible(spec, seen, batch.block_tables[sequences], cache.block_size)
-            out[rows] = attend(spec, q[rows], keys[slots], values[slots], seen, key_positions, sinks).to(q.dtype)
+            keys, values = cache.read(call, slots)  # [B, K, Hkv, D]
+            out[rows] = attend(spec, q[rows], keys, values, seen, key_positions, sinks).to(q.dtype)
         return out
 
 
