@@ -94,7 +94,7 @@ def attend(
     """Masked softmax attention of queries over keys at given positions, in float32: [B, Q, H, Dv]."""
     (batch, queries), group = q.shape[:2], spec.heads // spec.kv_heads
     q = q.float().view(batch, queries, spec.kv_heads, group, -1).permute(0, 2, 3, 1, 4)  # [B, Hkv, G, Q, Dk]
-    scores = q.flatten(2, 3) @ k.float().permute(0, 2, 3, 1) * spec.scale
+    scores = q.flatten(2, 3) @ _by_head(k).transpose(2, 3) * spec.scale
     scores = scores.view(*q.shape[:4], -1)  # [B, Hkv, G, Q, K]
     if spec.softcap is not None:
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
@@ -112,5 +112,10 @@ def attend(
         weights = torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
     else:
         weights = scores.softmax(-1)
-    out: Tensor = weights.flatten(2, 3) @ v.float().transpose(1, 2)
+    out: Tensor = weights.flatten(2, 3) @ _by_head(v)
     return out.view(*q.shape[:4], -1).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _by_head(tensor: Tensor) -> Tensor:
+    """[B, K, Hkv, D] as float32 [B, Hkv, K, D], in one copy that needs no other for the product."""
+    return tensor.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)

@@ -15,7 +15,7 @@ import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from attention.base import AttentionError
 from attention.hf import NAME as ATTENTION
@@ -83,7 +83,7 @@ class Engine:
         self.size = size_cache(config, KVCache.bytes_per_token(specs, kv_dtype), context, plan.device)
         cache = KVCache(specs, self.size.blocks, self.size.block_size, kv_dtype, plan.device)
         self.max_model_len = _limit_by_rope(plan.config, config.max_model_len, self.size.max_model_len)
-        self.vocabulary = int(self.loaded.model.get_input_embeddings().num_embeddings)
+        self.vocabulary = int(cast(Any, self.loaded.model).get_input_embeddings().num_embeddings)
         self.end_tokens = _end_tokens(self.loaded.model, self.tokenizer)
         self.scheduler = Scheduler(
             BlockPool(self.size.blocks, self.size.block_size),

@@ -19,15 +19,15 @@ SCORED_ROWS = 256
 
 
 class Chunk(NamedTuple):
-    """Tokens ``start ... start + count`` of a request; if they are its last, a new token is sampled."""
+    """Tokens ``start ... start + size`` of a request; if they are its last, a new token is sampled."""
 
     request: Request
     start: int
-    count: int
+    size: int
 
     @property
     def stop(self) -> int:
-        return self.start + self.count
+        return self.start + self.size
 
     @property
     def samples(self) -> bool:
@@ -67,14 +67,14 @@ class Scheduler:
         decodes_first = sorted(self.running, key=lambda request: len(request) - request.computed > 1)
         for request in decodes_first:
             if budget and request in self.running and self._reserve(request, budget, plan):
-                budget = self.max_batched_tokens - sum(chunk.count for chunk in plan.values())
+                budget = self.max_batched_tokens - sum(chunk.size for chunk in plan.values())
         while budget and self.waiting and len(self.running) < self.max_running:
             if not self._fits(self.waiting[0]):
                 break
             request = self.waiting.popleft()
             self.running.append(request)
             self._reserve(request, budget, plan)
-            budget -= plan[request].count
+            budget -= plan[request].size
         return list(plan.values())
 
     def _fits(self, request: Request) -> bool:
