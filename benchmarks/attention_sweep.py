@@ -92,14 +92,12 @@ def launch(filled: Filled, config: Config, kernel: str, call: int = 0) -> torch.
 
 
 def build(group: Group, configs: list[Config]) -> list[bool]:
-    """Whether each configuration compiles and fits. Runs in a process of its own, on little data."""
-    spec, fits = group.cases()[0].spec, []
-    queries = 1 if group.kernel == "decode" else 32
-    filled = [Filled(Case(spec, 32, keys, queries, group.stored), MODEL, CUDA, 1) for keys in (32, 2048)]
+    """Whether each configuration compiles and fits. On the cases themselves: what is compiled depends on their numbers."""
+    filled, fits = [Filled(case, MODEL, CUDA, 1) for case in group.cases()], []
     for config in configs:
-        try:  # short sequences are not split, long ones are: two different kernels
-            for each in filled:
-                launch(each, config._replace(programs=64), group.kernel)
+        try:
+            for each, variant in itertools.product(filled, variants(group, config)):
+                launch(each, variant, group.kernel)
             torch.cuda.synchronize()
             fits.append(True)
         except Exception as error:

@@ -1,8 +1,9 @@
 """Tile sizes, as data. A row of a table: the largest padded head dimension that a configuration is for, and the configuration.
 
-``HOPPER`` is for NVIDIA's H100 and its like. Rows of 128 were swept on an NVIDIA H100 80GB HBM3 with Triton 3.6
-(``python -m benchmarks.attention_sweep``), but not over quantized prompts; the other rows and ``SAFE`` are chosen so that
-nothing spills, not measured. ``SAFE`` fits the 99 KiB of shared memory that every architecture from 8.0 on has.
+``HOPPER`` is for compute capability 9.0. Its rows of 128 were swept on an NVIDIA H100 80GB HBM3 with Triton 3.6
+(``python -m benchmarks.attention_sweep``) for bf16 and for decode over fp8; int8 takes what is good for fp8. The other rows
+and ``SAFE`` were not measured, but chosen so that nothing spills. ``SAFE`` fits the 99 KiB of shared memory that every
+architecture from 8.0 on has.
 """
 
 from __future__ import annotations
