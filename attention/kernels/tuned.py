@@ -33,7 +33,7 @@ DECODE_SAFE: Table = {
     64: Config(16, 64, 4, 2, 2),
     128: Config(16, 64, 4, 2, 2),
     256: Config(16, 16, 4, 2, 2),
-    1024: Config(16, 16, 4, 2, 2),
+    1024: Config(16, 16, 8, 2, 2),
 }
 DECODE_HOPPER: Table = {
     64: Config(16, 64, 4, 4, 2),
@@ -45,7 +45,7 @@ DECODE_HOPPER_QUANTIZED: Table = {
     64: Config(16, 128, 4, 2, 4),
     128: Config(16, 128, 4, 2, 4),
     256: Config(16, 32, 4, 2, 2),
-    1024: Config(16, 16, 4, 2, 2),
+    1024: Config(16, 32, 8, 2, 2),
 }
 VARLEN_SAFE: Table = {
     64: Config(64, 32, 4, 2),
@@ -65,7 +65,7 @@ VARLEN_HOPPER_QUANTIZED: Table = {
     256: Config(64, 32, 8, 2),
     1024: Config(16, 16, 4, 2),
 }
-FLOAT32: Table = {64: Config(16, 32, 4, 2, 2), 256: Config(16, 16, 4, 1, 2), 1024: Config(16, 16, 8, 1, 2)}
+FLOAT32: Table = {64: Config(16, 32, 4, 2, 2), 1024: Config(16, 16, 8, 1, 2)}
 """Without tensor cores. For decode and varlen."""
 
 
