@@ -28,6 +28,7 @@ format: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.linear
+	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.engine
 
 clean:

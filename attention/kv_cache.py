@@ -2,10 +2,13 @@
 
     k[call]  [blocks, block_size, kv_heads, key_dim]
     v[call]  [blocks, block_size, kv_heads, value_dim]
+    k_scale[call], v_scale[call]  [blocks, block_size, kv_heads]    float32, if the dtype is a quantized one
 
 A pair belongs to a *call*, not to a layer: some models attend twice in one layer or run a layer several times. All
 pairs share one numbering of blocks. Who owns which block is the runtime's business: nothing is initialised, counted or
 freed here.
+
+:meth:`KVCache.write` and :meth:`KVCache.read` say what is stored, in plain torch; backends with kernels do it themselves.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor
 
 from attention.base import AttentionSpec
+from attention.kv_dtypes import LARGEST_CODE, SCALE_BYTES, dequantize, quantize
 
 
 class KVCache:
@@ -35,10 +39,51 @@ class KVCache:
         def allocate(kv_heads: int, dim: int) -> Tensor:
             return torch.empty(blocks, block_size, kv_heads, dim, dtype=dtype, device=device)
 
+        def scales() -> list[Tensor]:
+            if dtype not in LARGEST_CODE:
+                return []
+            shapes = [(blocks, block_size, spec.kv_heads) for spec in specs]
+            return [torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes]
+
+        self.dtype = dtype
         self.k = [allocate(spec.kv_heads, spec.key_dim) for spec in specs]
         self.v = [allocate(spec.kv_heads, spec.value_dim) for spec in specs]
+        self.k_scale, self.v_scale = scales(), scales()
+
+    @property
+    def quantized(self) -> bool:
+        return self.dtype in LARGEST_CODE
 
     @staticmethod
     def bytes_per_token(specs: Sequence[AttentionSpec], dtype: torch.dtype) -> int:
         """Bytes that one token takes in all pairs together; times ``block_size`` it is the price of a block."""
-        return sum(spec.kv_heads * (spec.key_dim + spec.value_dim) for spec in specs) * dtype.itemsize
+        values = sum(spec.kv_heads * (spec.key_dim + spec.value_dim) for spec in specs) * dtype.itemsize
+        scales = sum(2 * spec.kv_heads for spec in specs) * SCALE_BYTES
+        return values + (scales if dtype in LARGEST_CODE else 0)
+
+    def write(self, call: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store the keys [T, Hkv, Dk] and values [T, Hkv, Dv] of tokens at ``slots`` [T]."""
+        for new, stored, scales in ((k, self.k, self.k_scale), (v, self.v, self.v_scale)):
+            if self.quantized:
+                new, scale = quantize(new, self.dtype)
+                scales[call].flatten(0, 1)[slots] = scale
+            _bytes_if_fp8(stored[call]).flatten(0, 1)[slots] = _bytes_if_fp8(new.to(self.dtype))
+
+    def read(self, call: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values at ``slots`` [...], as stored or, if quantized, in float32: [..., Hkv, D]."""
+
+        def gather(stored: list[Tensor], scales: list[Tensor]) -> Tensor:
+            values = _gather(_bytes_if_fp8(stored[call]), slots).view(self.dtype)
+            return dequantize(values, _gather(scales[call], slots)) if self.quantized else values
+
+        return gather(self.k, self.k_scale), gather(self.v, self.v_scale)
+
+
+def _bytes_if_fp8(tensor: Tensor) -> Tensor:
+    """torch does not index float8 on every device, but bytes."""
+    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
+
+
+def _gather(cache: Tensor, slots: Tensor) -> Tensor:
+    """[blocks, block_size, ...] at slots [B, K]: [B, K, ...]. Quicker than indexing, on CPUs."""
+    return cache.flatten(0, 1).index_select(0, slots.flatten()).view(*slots.shape, *cache.shape[2:])

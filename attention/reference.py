@@ -43,18 +43,14 @@ class ReferenceBackend(AttentionBackend):
         cache: KVCache,
         sinks: Tensor | None,
     ) -> Tensor:
-        keys, values = cache.k[call].flatten(0, 1), cache.v[call].flatten(0, 1)  # [slots, Hkv, D]
-        keys[batch.slots] = k.to(keys.dtype)
-        values[batch.slots] = v.to(values.dtype)
-
+        cache.write(call, batch.slots, k, v)
         out = q.new_empty(q.shape[0], spec.heads, spec.value_dim)
         positions = batch.positions()
         for sequences, rows in _tiles(batch):
             seen = positions[rows]  # [B, Q]
             key_positions, slots = _visible(spec, seen, batch.block_tables[sequences], cache.block_size)
-            out[rows] = attend(
-                spec, q[rows], _gather(keys, slots), _gather(values, slots), seen, key_positions, sinks
-            ).to(q.dtype)
+            keys, values = cache.read(call, slots)  # [B, K, Hkv, D]
+            out[rows] = attend(spec, q[rows], keys, values, seen, key_positions, sinks).to(q.dtype)
         return out
 
 
@@ -84,11 +80,6 @@ def _visible(spec: AttentionSpec, seen: Tensor, tables: Tensor, block_size: int)
     key_positions = first[:, None] + torch.arange(count, device=seen.device)
     owned = torch.minimum(key_positions, last)
     return key_positions, tables.gather(1, owned // block_size).long() * block_size + owned % block_size
-
-
-def _gather(cache: Tensor, slots: Tensor) -> Tensor:
-    """[slots, Hkv, D] at slots [B, K]: [B, K, Hkv, D]."""
-    return cache.index_select(0, slots.flatten()).view(*slots.shape, *cache.shape[1:])
 
 
 def attend(

@@ -20,7 +20,13 @@ def _reference() -> AttentionBackend:
     return ReferenceBackend()
 
 
-BACKENDS: dict[str, Callable[[], AttentionBackend]] = {"reference": _reference}  # preferred first
+def _paged() -> AttentionBackend:
+    from attention.paged import PagedBackend
+
+    return PagedBackend()
+
+
+BACKENDS: dict[str, Callable[[], AttentionBackend]] = {"paged": _paged, "reference": _reference}  # preferred first
 
 
 class Selection(NamedTuple):

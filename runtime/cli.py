@@ -81,6 +81,12 @@ def _generate_parser(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--max-total-tokens", type=int, metavar="N", help="size of the KV cache in tokens")
     group.add_argument("--kv-cache-memory", metavar="SIZE", help="size of the KV cache, e.g. 2GiB")
+    group.add_argument(
+        "--kv-cache-dtype",
+        default="auto",
+        metavar="D",
+        help="auto (the model's), bf16, fp8_e4m3 or int8 (default: auto)",
+    )
     group = parser.add_argument_group("prompts")
     group.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be repeated")
     group.add_argument(
@@ -119,7 +125,7 @@ DEFAULT_NEW_TOKENS = 128
 LOADING = ("quantization", "kernel", "attention_backend", "dtype", "device", "trust_remote_code", "revision")
 ENGINE = (
     "tokenizer", "skip_tokenizer_init", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_total_tokens",
-    "kv_cache_memory",
+    "kv_cache_memory", "kv_cache_dtype",
 )  # fmt: skip
 SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "ignore_eos", "n")
 

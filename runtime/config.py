@@ -18,7 +18,8 @@ class EngineConfig:
     ``quantization`` confirms the checkpoint's format; ``kernel`` and ``attention_backend`` choose by name and fail rather
     than fall back. ``max_model_len`` is the longest prompt and answer together, ``max_total_tokens`` (or
     ``kv_cache_memory``, bytes or ``"2GiB"``) the size of the KV cache, ``max_num_batched_tokens`` the tokens of one
-    forward pass and ``max_num_seqs`` the requests that run at once. ``skip_tokenizer_init`` takes and gives token ids only.
+    forward pass and ``max_num_seqs`` the requests that run at once. ``kv_cache_dtype`` is ``auto`` (the model's), ``bf16``,
+    ``fp8_e4m3`` or ``int8``. ``skip_tokenizer_init`` takes and gives token ids only.
     """
 
     model: str
@@ -34,6 +35,7 @@ class EngineConfig:
     max_num_seqs: int = 32
     max_total_tokens: int | None = None
     kv_cache_memory: int | str | None = None
+    kv_cache_dtype: str = "auto"
     block_size: int = 16
     seed: int = 0
     trust_remote_code: bool = False

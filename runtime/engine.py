@@ -21,6 +21,7 @@ from attention.base import AttentionError
 from attention.hf import NAME as ATTENTION
 from attention.hf import read_specs
 from attention.kv_cache import KVCache
+from attention.kv_dtypes import cache_dtype
 from attention.positions import batch_dependent_rope
 from attention.registry import select
 from runtime import guard
@@ -73,13 +74,14 @@ class Engine:
         try:
             specs = read_specs(plan.config, plan.trust_remote_code)
             selection = select(specs, plan.device, config.attention_backend)
+            kv_dtype = cache_dtype(config.kv_cache_dtype, plan.dtype)
         except AttentionError as error:
             raise LoadError(f"{checkpoint.folder}: {error}") from error
         self.tokenizer = None if config.skip_tokenizer_init else _load_tokenizer(config, checkpoint)
         self.loaded = load(plan, ATTENTION)
         context = _context(plan.config)
-        self.size = size_cache(config, KVCache.bytes_per_token(specs, plan.dtype), context, plan.device)
-        cache = KVCache(specs, self.size.blocks, self.size.block_size, plan.dtype, plan.device)
+        self.size = size_cache(config, KVCache.bytes_per_token(specs, kv_dtype), context, plan.device)
+        cache = KVCache(specs, self.size.blocks, self.size.block_size, kv_dtype, plan.device)
         self.max_model_len = _limit_by_rope(plan.config, config.max_model_len, self.size.max_model_len)
         self.vocabulary = int(cast(Any, self.loaded.model).get_input_embeddings().num_embeddings)
         self.end_tokens = _end_tokens(self.loaded.model, self.tokenizer)
@@ -89,7 +91,7 @@ class Engine:
             config.max_num_seqs,
         )
         self.runner = Runner(self.loaded.model, specs, selection.backend, cache)
-        self.report = engine_report(self.loaded, specs, selection, self.size, self.max_model_len)
+        self.report = engine_report(self.loaded, specs, selection, self.size, kv_dtype, self.max_model_len)
         self.steps = 0
         self._dead: Exception | None = None
         self._random = random.Random(config.seed)

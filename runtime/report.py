@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from attention.base import AttentionSpec
 from attention.registry import Selection
 from runtime.memory import CacheSize, format_bytes
@@ -25,7 +27,12 @@ def load_report(loaded: LoadedModel) -> str:
 
 
 def engine_report(
-    loaded: LoadedModel, specs: Sequence[AttentionSpec], selection: Selection, size: CacheSize, max_model_len: int
+    loaded: LoadedModel,
+    specs: Sequence[AttentionSpec],
+    selection: Selection,
+    size: CacheSize,
+    kv_dtype: torch.dtype,
+    max_model_len: int,
 ) -> str:
     """The load report, with attention and the KV cache."""
     token_bytes = size.nbytes // size.tokens
@@ -34,7 +41,7 @@ def engine_report(
         (
             "kv cache",
             f"{size.tokens} tokens ({format_bytes(size.nbytes)}, {format_bytes(token_bytes)} a token, "
-            f"{size.blocks} blocks of {size.block_size}), room for "
+            f"{size.blocks} blocks of {size.block_size}) in {_dtype(kv_dtype)}, room for "
             f"{size.tokens / max_model_len:.1f} sequences of {max_model_len}",
         ),
     ]
@@ -45,7 +52,7 @@ def plan_lines(plan: LoadPlan) -> list[tuple[str, str]]:
     """Label and text of what is known before loading."""
     weights, bf16 = plan.weight_bytes, plan.bf16_bytes
     saved = f", {100 * weights / bf16:.0f} % of the {format_bytes(bf16)} in bf16" if plan.quantized else ""
-    dtype = str(plan.dtype).removeprefix("torch.") + (f" ({plan.dtype_note})" if plan.dtype_note else "")
+    dtype = _dtype(plan.dtype) + (f" ({plan.dtype_note})" if plan.dtype_note else "")
     lines = [
         ("model", f"{plan.checkpoint.name} ({plan.config.model_type}), {dtype} on {plan.device}"),
         (
@@ -96,7 +103,7 @@ def inspect_data(plan: LoadPlan, attention: Sequence[tuple[str, str]]) -> dict[s
     return {
         "model": plan.checkpoint.name,
         "model_type": plan.config.model_type,
-        "dtype": str(plan.dtype).removeprefix("torch."),
+        "dtype": _dtype(plan.dtype),
         "device": str(plan.device),
         "quantization": plan.method.name if plan.method else None,
         "format": plan.method.summary if plan.method else None,
@@ -122,6 +129,10 @@ def inspect_data(plan: LoadPlan, attention: Sequence[tuple[str, str]]) -> dict[s
         "unclaimed": list(plan.account.unclaimed),
         "missing": list(plan.account.missing),
     }
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _dense(plan: LoadPlan) -> dict[str, list[str]]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from attention import AttentionSpec, KVCache
+from tests.attention.paging import tensors_of
 
 SPECS = [AttentionSpec(4, 2, 8, 8, scale=1.0), AttentionSpec(4, 4, 12, 10, scale=1.0)]
 
@@ -20,7 +21,7 @@ def test_every_call_has_its_own_pair_of_its_own_shape() -> None:
     assert (cache.blocks, cache.block_size) == (5, 3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8])
 def test_bytes_per_token_is_what_is_allocated(dtype: torch.dtype) -> None:
     cache = KVCache(SPECS, blocks=5, block_size=3, dtype=dtype, device="meta")
-    assert KVCache.bytes_per_token(SPECS, dtype) * 5 * 3 == sum(t.nbytes for t in (*cache.k, *cache.v))
+    assert KVCache.bytes_per_token(SPECS, dtype) * 5 * 3 == sum(t.nbytes for t in tensors_of(cache))

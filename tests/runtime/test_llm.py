@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from attention.kv_dtypes import DTYPES
 from runtime import LLM, EngineDead, InvalidRequest, LoadError, SamplingParams
 from runtime.runner import Runner, StepResult
 
@@ -248,6 +249,21 @@ def test_a_context_beyond_the_cache_names_what_fits() -> None:
         LLM("demo", max_total_tokens=10**12)
     with pytest.raises(LoadError, match=r"max_model_len 3000 is more than the 1024 positions"):
         LLM("demo", max_model_len=3000)
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["bf16", "fp8_e4m3", "int8"])
+def test_a_quantized_cache_costs_little(llm: LLM, kv_cache_dtype: str) -> None:
+    """Scores of a text through it, and what the report says of its price."""
+    ids = llm.get_tokenizer()("def main():\n    parser = argparse.ArgumentParser()\n")["input_ids"]
+    stored = LLM("demo", dtype="float32", max_total_tokens=256, kv_cache_dtype=kv_cache_dtype)
+    pairs = zip(stored.score(ids).logprobs[1:], llm.score(ids).logprobs[1:], strict=True)
+    assert max(abs(got - wanted) for got, wanted in pairs) < 0.5
+    assert f"in {DTYPES[kv_cache_dtype]}".replace("torch.", "") in stored.report
+
+
+def test_an_unknown_cache_dtype_is_refused() -> None:
+    with pytest.raises(LoadError, match="'fp4'; known: auto, bf16, fp8_e4m3, int8"):
+        LLM("demo", kv_cache_dtype="fp4")
 
 
 def test_without_a_tokenizer() -> None:

@@ -1,0 +1,107 @@
+"""Times paged attention against PyTorch's own over unpaged keys, and against what the device can do.
+
+    python -m benchmarks.attention [--device cuda] [--backend NAME] [--samples 11]
+
+The shape is that of an 8B model's layer; on a CPU, smaller. Every case is compared with the reference first; one that is
+wrong gets no number and fails the run. Ours stores the new tokens and attends; the others only attend. "Of bound" is the
+time that reading the keys and values (decode) or multiplying (prefill) would take at the measured rate of the device,
+relative to the time it took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+import torch
+
+from attention import AttentionBackend, AttentionSpec, select
+from attention.kv_dtypes import cache_dtype
+from attention.reference import ReferenceBackend
+from benchmarks.attention_cases import Case, Filled
+from benchmarks.gpu_timing import copy_rate, matmul_rate, measure_cuda
+from benchmarks.timing import Timing, in_turn, measure, print_json, reader
+
+TOLERANCE = 6e-3
+"""Relative error: what rounding weights and result to bfloat16 costs."""
+MODEL = torch.bfloat16
+GPU_SPEC = AttentionSpec(32, 8, 128, 128, scale=128**-0.5)
+CPU_SPEC = AttentionSpec(8, 2, 64, 64, scale=64**-0.5)
+BEYOND_CACHE = 256 << 20
+READ_BYTES = 32 << 20
+
+
+def cases(device: torch.device) -> list[Case]:
+    found = []
+    names = ("bf16", "fp8_e4m3", "int8") if device.type == "cuda" else ("bf16", "int8")
+    for stored in (cache_dtype(name, MODEL) for name in names):
+        if device.type == "cuda":
+            decode = [(c, b) for c in (1024, 8192, 32768) for b in (1, 8, 32)]
+            prefill, spec = [2048, 8192], GPU_SPEC
+        else:
+            decode, prefill, spec = [(c, b) for c in (256, 1024) for b in (1, 4)], [256], CPU_SPEC
+        found += [Case(spec, batch, context, 1, stored) for context, batch in decode]
+        found += [Case(spec, 1, context, context, stored) for context in prefill]
+    return found
+
+
+def rates(device: torch.device) -> dict[str, float]:
+    """Bytes and operations per second."""
+    if device.type == "cuda":
+        return {"bytes": copy_rate(), "operations": matmul_rate()}
+    a = torch.randn(1024, 1024).to(MODEL)
+    timings = measure({"read": reader(READ_BYTES), "multiply": lambda: a @ a}, samples=5)
+    return {"bytes": READ_BYTES / timings["read"].seconds, "operations": 2 * 1024**3 / timings["multiply"].seconds}
+
+
+def timings_of(filled: Filled, backend: AttentionBackend, device: torch.device, samples: int) -> dict[str, Timing]:
+    candidates = {backend.name: filled.forwards(backend)}
+    if filled.case.stored == MODEL:
+        candidates |= filled.peers()
+    if device.type == "cuda":
+        return measure_cuda(candidates, samples)
+    turns = {name: in_turn(lambda call: call(), calls) for name, calls in candidates.items()}
+    return measure(turns, samples)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--backend", help="default: the best on the device")
+    parser.add_argument("--samples", type=int, default=11)
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    backend = select([GPU_SPEC], device, arguments.backend).backend
+    peak = rates(device)
+    print(f"{peak['bytes'] / 1e9:.0f} GB/s, {peak['operations'] / 1e12:.1f} TFLOP/s in bfloat16")
+    print(f"{'case':18} {'kv cache':14} {'path':12} {'us':>10} {'spread':>7} {'of bound':>9} {'x ours':>7}")
+
+    table: list[dict[str, Any]] = []
+    right = True
+    for case in cases(device):
+        filled = Filled(case, MODEL, device, BEYOND_CACHE if device.type == "cuda" else 1)
+        error = filled.error(backend, ReferenceBackend())
+        stored = str(case.stored).removeprefix("torch.")
+        if not error < TOLERANCE:
+            print(f"{case!s:18} {stored:14} {backend.name:12} WRONG: relative error {error:.1e}")
+            right = False
+            continue
+        bound = case.nbytes / peak["bytes"] if case.queries == 1 else case.operations / peak["operations"]
+        timings = timings_of(filled, backend, device, arguments.samples)
+        ours = timings[backend.name].seconds
+        for name, timing in timings.items():
+            row = {"case": str(case), "kv": stored, "path": name, "microseconds": round(timing.seconds * 1e6, 2)}
+            row |= {"of_bound": round(bound / timing.seconds, 3), "speed_of_ours": round(ours / timing.seconds, 3)}
+            table.append(row | ({"error": error} if name == backend.name else {}))
+            print(
+                f"{case!s:18} {stored:14} {name:12} {timing.seconds * 1e6:10.1f} {timing.spread:7.1%} "
+                f"{bound / timing.seconds:9.0%} {ours / timing.seconds:7.2f}",
+                flush=True,
+            )
+    print_json("attention", rates=peak, table=table)
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
