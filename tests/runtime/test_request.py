@@ -20,6 +20,8 @@ from runtime.request import FinishReason, Request, SamplingParams
         ("seed", "x"), ("seed", 10**30), ("max_tokens", -1), ("max_tokens", 1.0), ("min_tokens", -1), ("min_tokens", 500),
         ("stop", [""]), ("stop", [1]), ("stop", ["x"] * 10_000), ("stop_token_ids", ["a"]),
         ("logprobs", -1), ("logprobs", 10**6), ("prompt_logprobs", -1),
+        ("repetition_penalty", 0), ("presence_penalty", 2.5), ("frequency_penalty", float("nan")),
+        ("logit_bias", {5: 101}), ("logit_bias", {-1: 1}), ("logit_bias", dict.fromkeys(range(100000), 1)),
     ],
 )  # fmt: skip
 def test_bad_values_are_named(field: str, value: Any) -> None:
