@@ -282,7 +282,7 @@ class Engine:
         text = self._texts.get(request)
         if text is None:
             return delta
-        if reason is not FinishReason.STOP or request.params.include_stop_str_in_output:
+        if token not in request.end_tokens or reason is not FinishReason.STOP or request.params.include_stop_str_in_output:
             delta.text = text.feed(token, may_stop=len(request.output) > request.params.min_tokens)
         if text.matched is not None:
             delta.finish_reason, delta.stop_reason = FinishReason.STOP, text.matched

@@ -43,6 +43,7 @@ class Stream:
     matcher: Matcher | None
     accepted: asyncio.Future[None]
     submitted: float = field(default_factory=time.monotonic)
+    token_times: dict[tuple[int, int], tuple[float, float]] = field(default_factory=dict)
     closed: bool = False
     left: int = 0
     error: Exception | None = None
@@ -132,6 +133,11 @@ class Worker:
         for stream in list(self.streams):
             stream.fail(EngineDead("the server is shutting down; the answer is incomplete."))
         self._inbox.put(lambda engine: None)
+
+    def join(self, seconds: float) -> bool:
+        """Wait for the thread's end; ``False`` if it has not come."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     @property
     def silent_seconds(self) -> float:
