@@ -143,11 +143,11 @@ class Engine:
 
     def require_room(self, samples: int) -> None:
         """Raise :class:`Overloaded` if this many more would exceed ``max_queued_requests``."""
-        limit, waiting = self.config.max_queued_requests, len(self.scheduler.waiting)
-        if limit is not None and waiting + samples > limit:
+        limit, live = self.config.max_queued_requests, len(self._live)
+        if limit is not None and live + samples > self.scheduler.max_running + limit:
             raise Overloaded(
-                f"{waiting} requests are waiting and {samples} more would exceed the limit of {limit} "
-                "(max_queued_requests). Try again later."
+                f"{live} requests run or wait and {samples} more would exceed {self.scheduler.max_running} running and "
+                f"{limit} waiting (max_queued_requests). Try again later."
             )
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
@@ -282,7 +282,11 @@ class Engine:
         text = self._texts.get(request)
         if text is None:
             return delta
-        if token not in request.end_tokens or reason is not FinishReason.STOP or request.params.include_stop_str_in_output:
+        if (
+            token not in request.end_tokens
+            or reason is not FinishReason.STOP
+            or request.params.include_stop_str_in_output
+        ):
             delta.text = text.feed(token, may_stop=len(request.output) > request.params.min_tokens)
         if text.matched is not None:
             delta.finish_reason, delta.stop_reason = FinishReason.STOP, text.matched

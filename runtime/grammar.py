@@ -40,7 +40,7 @@ class Matcher:
         """Which tokens may come next, ``bool [vocabulary]``. Raises :class:`GrammarError`."""
         mask = self._matcher.compute_bitmask()
         if self._matcher.is_error():
-            raise GrammarError(f"the grammar failed: {self._matcher.get_error()}")
+            raise GrammarError(f"the grammar failed: {_cause(self._matcher)}")
         bits = np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little")[:vocabulary]
         allowed = torch.zeros(vocabulary, dtype=torch.bool)
         allowed[: len(bits)] = torch.from_numpy(bits).bool()
@@ -83,8 +83,13 @@ class GrammarCompiler:
         except (ValueError, TypeError, RecursionError) as error:
             raise InvalidRequest(f"structured_outputs: {kind}: {error}") from error
         if matcher.is_error():
-            raise InvalidRequest(f"structured_outputs: {kind} does not compile: {matcher.get_error()}")
-        return Matcher(matcher)
+            raise InvalidRequest(f"structured_outputs: {kind} does not compile: {_cause(matcher)}")
+        compiled = Matcher(matcher)
+        try:
+            compiled.copy().allowed(self._vocabulary)
+        except GrammarError as error:
+            raise InvalidRequest(f"structured_outputs: no answer conforms to this {kind}: {error}") from error
+        return compiled
 
     def _prepare(self) -> Any:
         with self._lock:
@@ -93,6 +98,11 @@ class GrammarCompiler:
 
                 self._prepared = from_tokenizer(self._tokenizer, self._vocabulary, self._end_tokens)
             return self._prepared
+
+
+def _cause(matcher: Any) -> str:
+    """The error without the parser's state, which is long."""
+    return str(matcher.get_error()).partition("\n<state>")[0]
 
 
 def _grammar(compiler: Any, kind: str, value: Any) -> str:

@@ -265,4 +265,4 @@ def failure_of(delta: Delta) -> Exception | None:
     """The exception that stands for a piece which ended badly."""
     if delta.finish_reason is FinishReason.ABORT:
         return Overloaded(delta.error or "aborted")
-    return EngineDead(delta.error or "failed") if delta.finish_reason is FinishReason.ERROR else None
+    return Error(delta.error or "failed") if delta.finish_reason is FinishReason.ERROR else None

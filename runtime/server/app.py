@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
+from runtime.errors import Error
 from runtime.server import completions, native
 from runtime.server.errors import STATUS, describe, error_response
 from runtime.server.gate import Gate
@@ -34,7 +35,7 @@ def build_app(worker: Worker, options: ServerOptions, metrics: Metrics) -> FastA
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Disconnected, _nobody)
     app.add_exception_handler(Exception, _failed)
-    for kind in STATUS:
+    for kind in (*STATUS, Error):
         app.add_exception_handler(kind, _failed)
     app.add_middleware(Gate, limits=options.limits(), on_refusal=metrics.rejected)
     return app
@@ -65,7 +66,7 @@ async def exposition(request: Request) -> Response:
 async def _failed(request: Request, error: Exception) -> Response:
     status, message, code, param = describe(error)
     if status == 500:
-        logger.error("%s failed", request.url.path, exc_info=error)
+        logger.error("%s failed: %s", request.url.path, error, exc_info=None if isinstance(error, Error) else error)
     request.app.state.service.metrics.rejected(status)
     return error_response(status, message, code, param)
 

@@ -58,7 +58,7 @@ def error_response(status: int, message: str, code: str | None = None, param: st
 def describe(error: Exception) -> tuple[int, str, str | None, str | None]:
     """Status, message, code and parameter for an exception; an unexpected one says nothing about its cause."""
     status = next((status for kind, status in STATUS.items() if isinstance(error, kind)), 500)
-    if status == 500:
+    if status == 500 and not isinstance(error, Error):
         return 500, "the request failed unexpectedly; the server's log has the cause.", None, None
     message = str(error)
     code = "model_not_found" if status == 404 else None

@@ -21,6 +21,7 @@ PUBLIC = frozenset({"/health"})
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 READ_SECONDS = 30.0
 WRITE_SECONDS = 60.0
+MAX_HEADER_BYTES = 32 * 1024
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,9 @@ class Gate:
             return  # no websockets here
         try:
             headers = _Headers(scope["headers"])
+            # The parser limits what it has to wait for; what arrives in one piece is limited here.
+            if headers.nbytes > MAX_HEADER_BYTES:
+                raise Refused(431, f"the headers are larger than {MAX_HEADER_BYTES} bytes.")
             self._check_host(headers)
             self._check_key(scope["path"], headers)
             body = await self._read(headers, receive)
@@ -132,6 +136,10 @@ class Gate:
 class _Headers:
     def __init__(self, raw: Sequence[tuple[bytes, bytes]]):
         self._raw = raw
+
+    @property
+    def nbytes(self) -> int:
+        return sum(len(key) + len(value) for key, value in self._raw)
 
     def all(self, name: bytes) -> list[bytes]:
         return [value for key, value in self._raw if key.lower() == name]

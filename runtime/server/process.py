@@ -20,6 +20,7 @@ import uvicorn
 from runtime.config import EngineConfig
 from runtime.errors import Error, LoadError
 from runtime.server.app import build_app
+from runtime.server.gate import MAX_HEADER_BYTES
 from runtime.server.metrics import Metrics
 from runtime.server.options import ServerOptions
 from runtime.worker import Worker
@@ -27,7 +28,6 @@ from runtime.worker import Worker
 logger = logging.getLogger("relinear")
 
 ENGINE_FAILED = 70
-MAX_HEADER_BYTES = 32 * 1024
 MAX_CONNECTIONS = 1024
 KEEP_ALIVE_SECONDS = 30
 CLOSE_SECONDS = 5.0
@@ -43,16 +43,15 @@ class EscapingFormatter(logging.Formatter):
 
 def serve(config: EngineConfig, options: ServerOptions) -> int:
     """Serve until told to stop; the exit status. Raises :class:`Error` if it cannot even begin."""
+    process = _Process(config, options)
     _log_to_stderr(options.log_level)
     faulthandler.enable()
-    listener = _bind(options)
-    return asyncio.run(_Process(config, options, listener).run())
+    return asyncio.run(process.run())
 
 
 class _Process:
-    def __init__(self, config: EngineConfig, options: ServerOptions, listener: socket.socket):
+    def __init__(self, config: EngineConfig, options: ServerOptions):
         self.options = options
-        self.listener = listener
         self.status = 0
         metrics = Metrics(options.served_model_name or config.model)
         self.worker = Worker(config, self._ready, self._ended, metrics.delta)
@@ -72,9 +71,12 @@ class _Process:
             timeout_graceful_shutdown=int(CLOSE_SECONDS),
         )
         self.server = _Server(settings, self._asked_to_end)
+        self.listener = _bind(options)
         self._draining: asyncio.Task[None] | None = None
 
     async def run(self) -> int:
+        self.listener.listen()
+        logger.info("listening: %s; loading %s", self._address(), self.worker.config.model)
         self.worker.start()
         watchdog = asyncio.create_task(self._watch())
         await self.server.serve(sockets=[self.listener])

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from runtime.cli import main, read_prompts
+from runtime.cli import build_parser, main, read_prompts
 from runtime.errors import InvalidRequest
+from runtime.options import with_config_file
 
 
 def relinear(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -105,3 +106,53 @@ def test_help_is_quick_and_complete() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     for flag in ("--max-new-tokens", "--temperature", "--top-p", "--top-k", "--min-p", "--seed", "--stop", "--json"):
         assert flag in done.stdout
+
+
+def test_a_configuration_file_gives_flags_and_the_command_line_wins(tmp_path: Path) -> None:
+    file = tmp_path / "server.yaml"
+    file.write_text(
+        "model-path: demo\nport: 1\nmax_queued_requests: 7\ndisable-radix-cache: true\nallowed-hosts: [a, b]\n"
+    )
+    parser = build_parser()
+    arguments = parser.parse_args(with_config_file(["serve", "--config", str(file), "--port", "2"], parser))
+    assert (arguments.model_path, arguments.port, arguments.max_queued_requests) == ("demo", 2, 7)
+    assert (arguments.enable_prefix_caching, arguments.allowed_hosts) == (False, ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("prot: 1", "'prot' is not a flag of serve. Did you mean port"),
+        ("trust-remote-code: 3", "takes true or false, not 3"),
+        ("port: true", "takes a value, not True"),
+        ("- a", "must map flags to values, not be list"),
+        ("{", "config"),
+        ("config: x", "'config' is not a flag"),
+    ],
+)
+def test_a_bad_configuration_file_says_what_is_wrong(
+    tmp_path: Path, content: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "server.yaml"
+    file.write_text(content)
+    assert main(["serve", "--config", str(file)]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "exactly one model is needed"),
+        (("demo", "--model-path", "demo-bf16"), "exactly one model is needed"),
+        (("demo", "--api-key", ""), "--api-key is empty"),
+        (("demo", "--api-key-file", "/nonexistent"), "--api-key-file"),
+        (("demo", "--chat-template", "/nonexistent"), "--chat-template"),
+        (("demo", "--queue-timeout", "-1"), "queue_timeout must be a positive number"),
+        (("demo", "--port", "99999"), "Choose another port"),
+    ],
+)
+def test_a_server_that_cannot_start_says_why_at_once(
+    flags: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", *flags]) == 1
+    assert message in capsys.readouterr().err
