@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from runtime.bench import add_parsers as add_bench_parsers
+from runtime.chat import chat
 from runtime.errors import Error, InvalidRequest
 from runtime.options import (
     ENGINE,
@@ -38,6 +40,9 @@ def build_parser() -> Parser:
     _generate_parser(commands.add_parser("generate", help="complete prompts"))
     _serve_parser(commands.add_parser("serve", help="serve over HTTP, as OpenAI and SGLang do"))
     _inspect_parser(commands.add_parser("inspect", help="show what loading would do; reads no weights"))
+    _chat_parser(commands.add_parser("chat", help="talk to a model in the terminal"))
+    add_bench_parsers(commands.add_parser("bench", help="measure speed, as SGLang does"))
+    commands.add_parser("env", help="what to paste into an issue").set_defaults(run=_show_environment)
     return parser
 
 
@@ -89,6 +94,26 @@ def _serve_parser(parser: argparse.ArgumentParser) -> None:
     engine_options(parser)
     queue_options(parser)
     server_options(parser)
+
+
+def _chat_parser(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=chat)
+    parser.add_argument("--model-path", "--model", required=True, metavar="M")
+    loading_options(parser)
+    engine_options(parser)
+    group = parser.add_argument_group("conversation")
+    group.add_argument("--chat-template", metavar="FILE", help="instead of the tokenizer's own")
+    group.add_argument("--system", metavar="TEXT", help="the system message")
+    group.add_argument("--temperature", type=float, metavar="T", help="default: the model's")
+    group.add_argument("--top-p", type=float, metavar="P", help="default: the model's")
+    group.add_argument("--max-new-tokens", "--max-tokens", dest="max_tokens", type=int, metavar="N")
+    group.add_argument("--quiet", action="store_true", help="no report")
+
+
+def _show_environment(arguments: argparse.Namespace) -> int:
+    from runtime.environment import show
+
+    return show(arguments)
 
 
 SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "ignore_eos", "n")

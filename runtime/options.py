@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
         actions = list(self._actions)
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
-                actions += [inner for parser in action.choices.values() for inner in parser._actions]
+                actions += [inner for parser in action.choices.values() for inner in parser._every_action()]
         return actions
 
 

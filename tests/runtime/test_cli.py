@@ -156,3 +156,34 @@ def test_a_server_that_cannot_start_says_why_at_once(
 ) -> None:
     assert main(["serve", *flags]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_env_names_what_matters(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n{name} " in shown for name in ("cpu", "memory", "torch", "transformers"))
+
+
+def test_benchmarks_of_the_engine_append_json_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "results.jsonl"
+    common = ["--model-path", "demo", "--output-file", str(file)]
+    load = ["--num-prompts", "3", "--random-input-len", "8", "--random-output-len", "4", "--random-range-ratio", "0.5"]
+    assert main(["bench", "offline-throughput", *common, *load]) == 0
+    assert main(["bench", "one-batch", *common, "--batch-size", "2", "--input-len", "8", "--output-len", "3"]) == 0
+    first, second = map(json.loads, file.read_text().splitlines())
+    assert first["completed"] == 3
+    assert first["output_throughput"] > 0
+    assert second["median_decode_step_ms"] > 0
+    assert main(["bench", "serving", "--base-url", "http://127.0.0.1:1", *load]) == 1
+    assert "no request was answered" in capsys.readouterr().err
+
+
+def test_a_conversation_is_remembered(tmp_path: Path) -> None:
+    template = tmp_path / "template"
+    template.write_text("{% for message in messages %}{{ message.content }}\n{% endfor %}")
+    flags = ("--chat-template", str(template), "--max-new-tokens", "3", "--temperature", "0", "--quiet")
+    done = relinear("chat", "--model-path", "demo", *flags, stdin="import os\nimport re\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") >= 2
+    refused = relinear("chat", "--model-path", "demo", "--quiet", stdin="x\n")
+    assert "no chat template: use generate, or give --chat-template" in refused.stderr

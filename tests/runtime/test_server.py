@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,6 +13,7 @@ import openai
 import pytest
 
 from runtime import LLM, SamplingParams
+from runtime.cli import main
 from tests.runtime.served import CHAT_TEMPLATE, Served
 
 PROMPTS = ["def main():\n", "import os\n", "class Stack:\n    def push(self, item):\n"]
@@ -242,3 +244,14 @@ def test_the_small_routes(server: Served, llm: LLM) -> None:
     for name in ("time_to_first_token_seconds_count", "generation_tokens_total", "request_success_total"):
         assert server.metric(name) > 0
     assert "sampling defaults" in server.log
+
+
+@pytest.mark.parametrize("backend", ["sglang", "vllm"])
+def test_the_serving_benchmark_drives_it(server: Served, backend: str, tmp_path: Path) -> None:
+    file = tmp_path / "results.jsonl"
+    load = ["--num-prompts", "6", "--random-input-len", "8", "--random-output-len", "5", "--max-concurrency", "3"]
+    flags = ["--base-url", server.url, "--backend", backend, "--output-file", str(file)]
+    assert main(["bench", "serving", *flags, *load]) == 0
+    result = json.loads(file.read_text())
+    assert (result["completed"], result["failed"]) == (6, 0)
+    assert 0 < result["median_ttft_ms"] <= result["p99_e2e_ms"]
