@@ -165,7 +165,9 @@ def test_what_the_gate_refuses(server: Served) -> None:
 
 
 def test_a_request_cannot_forge_a_line_of_the_log(server: Served) -> None:
-    raw(server, b"GET /%0a2026-01-01%20CRITICAL%20forged%1b[31m HTTP/1.1\r\nHost: evil\r\n\r\n")
+    connection = raw(server, b"GET /%0a2026-01-01%20CRITICAL%20forged%1b[31m HTTP/1.1\r\nHost: evil\r\n\r\n")
+    assert b"403" in connection.recv(1000)
+    connection.close()
     assert "forged" in server.log
     assert "\x1b" not in server.log
     assert not [line for line in server.log.splitlines() if line.startswith("2026-01-01")]
