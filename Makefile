@@ -12,7 +12,7 @@ BIN := .venv/bin
 
 demo: .venv/installed
 	$(BIN)/relinear generate --model-path demo --quantization awq --max-new-tokens 64 --stream \
-		--prompt "def fibonacci(n):" --prompt "class Stack:" --prompt "import os"
+		--prompt-file runtime/bundled/prompts.jsonl
 
 check: .venv/installed
 	$(BIN)/ruff check .

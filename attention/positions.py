@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_ROPE = {
+BATCH_DEPENDENT_ROPE = {
     "longrope": "it uses its long factors for every sequence as soon as one passes original_max_position_embeddings",
     "dynamic": "it rescales every sequence as soon as one passes max_position_embeddings",
 }
@@ -24,8 +24,8 @@ def batch_dependent_rope(config: Any) -> str | None:
     """Why one sequence's rotary embedding depends on its neighbours in the batch; ``None``: it does not."""
     text = config.get_text_config(decoder=True)
     for rope_type in _rope_types(getattr(text, "rope_parameters", None)):
-        if rope_type in _ROPE:
-            return f"the rotary embedding is of type {rope_type}: {_ROPE[rope_type]}"
+        if rope_type in BATCH_DEPENDENT_ROPE:
+            return f"the rotary embedding is of type {rope_type}: {BATCH_DEPENDENT_ROPE[rope_type]}"
     return None
 
 
@@ -53,8 +53,9 @@ def retemper(module: Any, q: Tensor, positions: Tensor) -> Tensor:
     """
 
     def temperature(positions: Tensor) -> Tensor:
-        return torch.log1p(torch.floor((positions + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
+        steps = torch.floor((positions + 1.0) / float(module.floor_scale))
+        return torch.log1p(steps) * float(module.attn_scale) + 1.0
 
     rows = torch.arange(q.shape[0], device=q.device)
-    scaled: Tensor = q * (temperature(positions) / temperature(rows))[:, None, None]
-    return scaled.to(q.dtype)
+    correction = temperature(positions) / temperature(rows)
+    return (q * correction[:, None, None]).to(q.dtype)

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from attention.base import AttentionSpec, UnsupportedAttention
 from attention.call import Call, Forward
-from attention.positions import tempers_rows
+from attention.positions import BATCH_DEPENDENT_ROPE, tempers_rows
 
 
 class Reach(NamedTuple):
@@ -116,9 +116,7 @@ def _is_causal(mask_function: Callable[..., Any], window: int | None) -> bool:
     far = window if window is not None else 1 << 20
     try:
         return not shows(0, 1) and shows(far, 1) and shows(far, far) and shows(far, 0) == (window is None)
-    except (
-        NotImplementedError
-    ):  # it asks for data: which tokens are of an image. We have only text, for which it is causal
+    except NotImplementedError:  # it asks the meta device which tokens are of an image; of text, none are
         return True
 
 
@@ -136,8 +134,12 @@ def without_data(model: nn.Module) -> Iterator[None]:
             stubs.append((module, "forward", lambda hidden, *args, **kwargs: hidden))
         if hasattr(module, _PADDING_CHECK):  # looks for padding tokens in the input
             stubs.append((module, _PADDING_CHECK, lambda *args, **kwargs: None))
-    # Long-context rotary embeddings ask for the largest position, and may change their frequencies.
-    rotary: list[tuple[Any, Any]] = [(module, module.rope_type) for module in modules if hasattr(module, "rope_type")]
+    rotary: list[tuple[Any, Any]] = []
+    for module in modules:  # some rotary embeddings ask for the largest position and change their frequencies
+        rope_type = getattr(module, "rope_type", None)
+        types = set(rope_type.values() if isinstance(rope_type, dict) else [rope_type])
+        if types & BATCH_DEPENDENT_ROPE.keys():
+            rotary.append((module, rope_type))
     try:
         model.eval()
         for module, name, stub in stubs:

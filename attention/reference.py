@@ -52,7 +52,9 @@ class ReferenceBackend(AttentionBackend):
         for sequences, rows in _tiles(batch):
             seen = positions[rows]  # [B, Q]
             key_positions, slots = _visible(spec, seen, batch.block_tables[sequences], cache.block_size)
-            out[rows] = attend(spec, q[rows], keys[slots], values[slots], seen, key_positions, sinks).to(q.dtype)
+            out[rows] = attend(
+                spec, q[rows], _gather(keys, slots), _gather(values, slots), seen, key_positions, sinks
+            ).to(q.dtype)
         return out
 
 
@@ -84,6 +86,11 @@ def _visible(spec: AttentionSpec, seen: Tensor, tables: Tensor, block_size: int)
     return key_positions, tables.gather(1, owned // block_size).long() * block_size + owned % block_size
 
 
+def _gather(cache: Tensor, slots: Tensor) -> Tensor:
+    """[slots, Hkv, D] at slots [B, K]: [B, K, Hkv, D]."""
+    return cache.index_select(0, slots.flatten()).view(*slots.shape, *cache.shape[1:])
+
+
 def attend(
     spec: AttentionSpec,
     q: Tensor,  # [B, Q, H, Dk]
@@ -96,7 +103,7 @@ def attend(
     """Masked softmax attention of queries over keys at given positions, in float32: [B, Q, H, Dv]."""
     (batch, queries), group = q.shape[:2], spec.heads // spec.kv_heads
     q = q.float().view(batch, queries, spec.kv_heads, group, -1).permute(0, 2, 3, 1, 4)  # [B, Hkv, G, Q, Dk]
-    scores = q.flatten(2, 3) @ k.float().permute(0, 2, 3, 1) * spec.scale
+    scores = q.flatten(2, 3) @ _by_head(k).transpose(2, 3) * spec.scale
     scores = scores.view(*q.shape[:4], -1)  # [B, Hkv, G, Q, K]
     if spec.softcap is not None:
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
@@ -114,5 +121,10 @@ def attend(
         weights = torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
     else:
         weights = scores.softmax(-1)
-    out: Tensor = weights.flatten(2, 3) @ v.float().transpose(1, 2)
+    out: Tensor = weights.flatten(2, 3) @ _by_head(v)
     return out.view(*q.shape[:4], -1).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _by_head(tensor: Tensor) -> Tensor:
+    """[B, K, Hkv, D] as float32 [B, Hkv, K, D], in one copy that needs no other for the product."""
+    return tensor.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)

@@ -95,7 +95,9 @@ def run(shape: LinearShape, group: int, every_rows: list[int], asked: str | None
         x = torch.randn(rows, shape.in_features).to(torch.bfloat16)
         errors = {name: error(peer.calls[0](x), x.double() @ dense.T) for name, peer in peers.items()}
         wrong = {name: error for name, error in errors.items() if not error < TOLERANCE}
-        candidates = {name: in_turn(lambda call, x=x: call(x), p.calls) for name, p in peers.items() if name not in wrong}
+        candidates = {
+            name: in_turn(lambda call, x=x: call(x), p.calls) for name, p in peers.items() if name not in wrong
+        }
         timings = measure({"read": read, **candidates})
         rate = READ_BYTES / timings["read"].seconds
         for name, peer in peers.items():

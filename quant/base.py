@@ -159,7 +159,8 @@ class QuantWeight:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> QuantWeight:
         """The same weight with every tensor replaced, e.g. moved to another device."""
-        return replace(self, **{name: function(tensor) for name, tensor in self.tensors().items()})
+        moved: dict[str, Any] = {name: function(tensor) for name, tensor in self.tensors().items()}
+        return replace(self, **moved)
 
 
 def canonical_specs(scheme: Scheme, shape: LinearShape) -> dict[str, tuple[int, ...]]:

@@ -37,7 +37,7 @@ class QuantLinear(nn.Module):
         for local, spec in tensors.items():
             self.register_buffer(local, torch.empty(spec.shape, dtype=spec.dtype))
         bias = nn.Parameter(torch.empty(shape.out_features, dtype=dtype), requires_grad=False) if shape.bias else None
-        self.register_parameter("bias", bias)
+        self.bias = bias
         self.quant_weight: QuantWeight | None = None
 
     def finish(self, method: QuantMethod) -> None:

@@ -16,6 +16,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 from attention.base import AttentionError
 from attention.hf import NAME as ATTENTION
@@ -86,7 +87,7 @@ class Engine:
         self.size = size_cache(config, KVCache.bytes_per_token(specs, plan.dtype), context, plan.device)
         cache = KVCache(specs, self.size.blocks, self.size.block_size, plan.dtype, plan.device)
         self.max_model_len = limit_by_rope(plan.config, config.max_model_len, self.size.max_model_len)
-        self.vocabulary = int(self.loaded.model.get_input_embeddings().num_embeddings)
+        self.vocabulary = int(cast(Any, self.loaded.model).get_input_embeddings().num_embeddings)
         self.end_tokens = end_tokens(self.loaded.model, self.tokenizer)
         self.sampling_defaults = sampling_defaults(checkpoint)
         self.grammars = GrammarCompiler(self.tokenizer, self.vocabulary, self.end_tokens)
@@ -124,10 +125,8 @@ class Engine:
         uid = next(self._uids)
         for index in range(params.n):
             generator = generator_for(params, index, self._random)
-            end_tokens = frozenset(params.stop_token_ids or ())
-            if not params.ignore_eos:
-                end_tokens |= self.end_tokens
-            request = Request(uid, index, ids, params, max_tokens, generator, end_tokens)
+            ends = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self.end_tokens)
+            request = Request(uid, index, ids, params, max_tokens, generator, ends)
             request.matcher = matcher.copy() if matcher else None
             self._live[uid, index] = request
             if self.tokenizer is not None:
@@ -237,8 +236,9 @@ class Engine:
             for name, applies in (("queue_timeout", request.started is None), ("request_timeout", True)):
                 limit = getattr(self.config, name)
                 if applies and limit is not None and age > limit:
-                    message = f"the request was ended after {age:.1f} s; {name} is {limit:g} s."
-                    deltas.append(self._fail(request, FinishReason.ABORT, message))
+                    deltas.append(
+                        self._fail(request, FinishReason.ABORT, f"ended after {age:.1f} s; {name} is {limit:g} s.")
+                    )
                     break
         return deltas
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from attention.base import AttentionSpec
 from attention.registry import Selection
-
 from runtime.memory import CacheSize, format_bytes
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ in a context variable (:mod:`attention.hf`).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ class Runner:
         self.backend = backend
         self.cache = cache
         self.device = cache.k[0].device
-        self._keeps_logits = bool(model._supports_logits_to_keep())
+        self._keeps_logits = bool(cast(Any, model)._supports_logits_to_keep())
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> StepResult:
@@ -52,7 +53,7 @@ class Runner:
 
     def _pack(self, plan: Plan) -> tuple[Tensor, Tensor, AttentionBatch]:
         batch = AttentionBatch.pack(
-            queries=[chunk.count for chunk in plan],
+            queries=[chunk.size for chunk in plan],
             kv_lens=[chunk.stop for chunk in plan],
             tables=[chunk.request.blocks for chunk in plan],
             block_size=self.cache.block_size,
@@ -74,8 +75,8 @@ class Runner:
                 for position in range(max(chunk.start, request.scored), last):
                     rows.append((request, first + position - chunk.start, request.prompt[position + 1]))
             if chunk.samples:
-                rows.append((request, first + chunk.count - 1, None))
-            first += chunk.count
+                rows.append((request, first + chunk.size - 1, None))
+            first += chunk.size
         return rows
 
     def _forward(self, ids: Tensor, positions: Tensor, batch: AttentionBatch, rows: list[int]) -> Tensor:

@@ -20,15 +20,15 @@ SCORED_ROWS = 256
 
 
 class Chunk(NamedTuple):
-    """Tokens ``start ... start + count`` of a request; if they are its last, a new token is sampled."""
+    """Tokens ``start ... start + size`` of a request; if they are its last, a new token is sampled."""
 
     request: Request
     start: int
-    count: int
+    size: int
 
     @property
     def stop(self) -> int:
-        return self.start + self.count
+        return self.start + self.size
 
     @property
     def samples(self) -> bool:
@@ -68,7 +68,7 @@ class Scheduler:
         decodes_first = sorted(self.running, key=lambda request: len(request) - request.computed > 1)
         for request in decodes_first:
             if budget and request in self.running and self._reserve(request, budget, plan):
-                budget = self.max_batched_tokens - sum(chunk.count for chunk in plan.values())
+                budget = self.max_batched_tokens - sum(chunk.size for chunk in plan.values())
         # Nothing is preempted from here on, so what the plan will compute can already be shared.
         for chunk in plan.values():
             self.pool.register(chunk.request, chunk.stop)
@@ -82,7 +82,7 @@ class Scheduler:
             self._start(request, found)
             self._reserve(request, budget, plan)
             self.pool.register(request, plan[request].stop)
-            budget -= plan[request].count
+            budget -= plan[request].size
         return list(plan.values())
 
     def _start(self, request: Request, found: list[int]) -> None:

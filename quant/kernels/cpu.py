@@ -11,6 +11,7 @@ float16 ``x`` is computed as float32 and rounded once. Gradients do not flow: th
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
 from dataclasses import replace
 from functools import cache, cached_property
@@ -34,7 +35,7 @@ PANEL_BYTES = 1 << 20
 THREAD_WEIGHTS = 1 << 18
 """Weights that are worth one more thread."""
 
-LANES = 16
+TILE = 32
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PIECES = {torch.float32: 3, torch.bfloat16: 1, torch.float16: 2}
 """How many bfloat16 it takes to sum up exactly to one value."""
@@ -97,18 +98,18 @@ class CpuKernel(LinearKernel):
     def prepare(self, weight: QuantWeight) -> QuantWeight:
         bits, outputs, inputs = weight.scheme.kind.bits, weight.shape.out_features, weight.shape.in_features
         group, padded = _group(weight)
-        groups, tiles = -(-inputs // group), -(-outputs // (2 * LANES)) * 2
-        rows = tiles * LANES - outputs
+        groups, tiles = -(-inputs // group), -(-outputs // TILE)
+        rows = tiles * TILE - outputs
         centre = 8 - 2 ** (bits - 1)  # moves codes of 2 and 3 bits to the middle of 4
 
         codes = F.pad(unpack_stream(weight.q, bits, inputs) + centre ^ 8, (0, groups * group - inputs, 0, rows))
-        codes = F.pad(codes.view(-1, groups, group), (0, padded - group)).view(tiles, LANES, groups, padded // 8, 8)
+        codes = F.pad(codes.view(-1, groups, group), (0, padded - group)).view(tiles, 2, TILE // 2, groups, -1, 8)
         words = codes[..., [0, 4, 1, 5]] | codes[..., [2, 6, 3, 7]] << 4  # [.., 4], the bytes of a word
-        q = words.permute(0, 2, 3, 1, 4).contiguous().view(torch.int32)
+        q = _in_huge_pages(words.permute(0, 3, 1, 4, 2, 5))
 
         def tiled(blocks: Tensor) -> Tensor:
             rows_of_scales = blocks.repeat_interleave(weight.scheme.block[0], 0)[:outputs]
-            return F.pad(rows_of_scales, (0, 0, 0, rows)).view(tiles, LANES, groups).transpose(1, 2).contiguous()
+            return F.pad(rows_of_scales, (0, 0, 0, rows)).view(tiles, TILE, groups).transpose(1, 2).contiguous()
 
         zero = None if weight.zero is None else tiled(weight.zero + centre)
         return replace(weight, q=q, scale=tiled(weight.scale), zero=zero, layout="cpu-int4")
@@ -132,21 +133,21 @@ class CpuKernel(LinearKernel):
         return y.view(*x.shape[:-1], shape.out_features).to(x.dtype)
 
     def _path_of(self, rows: Tensor, weight: QuantWeight) -> int:
-        if self._path == AMX and len(rows) > 1 and _group(weight)[0] % 32 == 0:
-            return AMX
-        return min(self._path, BF16 if rows.dtype == torch.bfloat16 else AVX512)
+        if self._path < AMX:
+            return min(self._path, BF16 if rows.dtype == torch.bfloat16 else AVX512)
+        return AMX if len(rows) > 1 and _group(weight)[0] % 32 == 0 else AVX512  # where AMX is, BF16 is the slower one
 
     def _by_panels(self, rows: Tensor, weight: QuantWeight, bias: Tensor | None, y: Tensor) -> None:
         outputs, inputs = weight.shape.out_features, weight.shape.in_features
         if self._path < BF16:  # torch is slow in bfloat16 there
             rows, bias = rows.float(), None if bias is None else bias.float()
-        width = max(1, PANEL_BYTES // (inputs * rows.itemsize * LANES)) * LANES
+        width = max(1, PANEL_BYTES // (inputs * rows.itemsize * TILE)) * TILE
         memory = rows.new_empty(inputs * width)
         for first in range(0, outputs, width):
             last = min(first + width, outputs)
-            columns = -(-(last - first) // LANES) * LANES
+            columns = -(-(last - first) // TILE) * TILE
             panel = memory[: inputs * columns].view(inputs, columns)
-            job = _job(weight, panel, first // LANES, outputs=columns)
+            job = _job(weight, panel, first // TILE, outputs=columns)
             self._native.dequantize(self._path, _threads(inputs * columns), ctypes.byref(job))
             y[:, first:last] = F.linear(rows, panel[:, : last - first].T, None if bias is None else bias[first:last])
 
@@ -155,6 +156,14 @@ def _group(weight: QuantWeight) -> tuple[int, int]:
     """Inputs in a group, and the same rounded up to whole words."""
     group = min(weight.scheme.group, weight.shape.in_features)
     return group, -(-group // 8) * 8
+
+
+def _in_huge_pages(tensor: Tensor) -> Tensor:
+    """A contiguous copy that takes less time to find in memory: a tenth of all at one row."""
+    memory = mmap.mmap(-1, tensor.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 def _threads(weights: int) -> int:

@@ -1,21 +1,21 @@
 // y = x W^T + bias for 4-bit W, exactly: codes are multiplied as the integers they are, the scale and the zero point are
-// applied once a group in float32, and sums are float32.
+// applied once a group, and everything is summed in float32.
 //
-// The weight ("cpu-int4", made by cpu.py). Outputs come in tiles of 16, one to a vector lane; inputs in groups padded to
-// `padded`, a multiple of 8:
-//     q     uint32 [tile][group][padded / 8][lane]   eight codes: input 2s + h in bits 16h + 4s, as code - 8 in two's
-//                                                     complement, so that a shift and a 32-entry table give bf16 pairs
-//     scale        [tile][group][lane]                float32, or the 16-bit type of the checkpoint
-//     zero  uint8  [tile][group][lane]                null: 8
-// so y[n] = sum over groups of scale * (sum x * (code - 8) + (8 - zero) * sum x).
+// The weight ("cpu-int4", made by cpu.py). Outputs come in tiles of 32, in two halves of 16 lanes; inputs in groups,
+// padded to `padded`, a multiple of 8:
+//     q      uint32 [tile][group][half][padded / 8][lane]   eight codes: input 2s + h in bits 16h + 4s, as code - 8 in
+//                                                            two's complement, so that a shift and a table give a pair
+//     scale         [tile][group][32]                        float32, or the 16-bit type of the checkpoint
+//     zero   uint8  [tile][group][32]                        null: 8
+// so y[n] = sum over groups of scale * (sum of x * (code - 8) + (8 - zero) * sum of x).
 //
-// x is packed first, a block of rows at a time, into the order in which a path below reads it, permuted for act-order.
-// Every path is one row of `paths`; the caller picks one that `detect` allows.
+// x is packed first, a block of rows at a time, in the order in which a path below reads it, permuted for act-order.
+// `paths` lists what there is code for; the caller picks one that `detect` allows.
 
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#if defined(__x86_64__) && defined(__has_include)
+#if defined(__x86_64__) && defined(__linux__) && defined(__has_include)
 #if __has_include(<amxbf16intrin.h>)
 #define X86 1
 #include <cpuid.h>
@@ -26,9 +26,11 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#define ALIGNED __attribute__((aligned(64)))
 #define UNROLL _Pragma("GCC unroll 16")
 
-enum { LANES = 16, PAIR = 2 * LANES, ROWS = 8, SLAB = 128, PASS = 128, ALL = 1 << 30, AHEAD = 512 };
+enum { LANES = 16, TILE = 2 * LANES, ROWS = 8, SLAB = 256, PASS = 128, ALL = 1 << 30 };
+enum { AHEAD = 512 };  // words to prefetch, where the hardware alone is a third slower
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 
 typedef struct {
@@ -47,7 +49,7 @@ typedef struct {
 
 INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
-INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 INLINE float as_float(uint32_t bits) {
     float value;
@@ -68,92 +70,73 @@ INLINE uint16_t to_bf16(float value) {
 
 INLINE float from_bf16(uint16_t bits) { return as_float((uint32_t)bits << 16); }
 
-// Finite values only: scales.
-INLINE float from_f16(uint16_t bits) {
+INLINE float from_finite_f16(uint16_t bits) {
     float magnitude = as_float((uint32_t)(bits & 0x7fff) << 13) * 0x1p112f;
     return as_float(as_bits(magnitude) | (uint32_t)(bits & 0x8000) << 16);
 }
 
 INLINE const uint32_t *codes(const Job *job, int64_t tile, int64_t group) {
-    return job->q + (tile * job->groups + group) * job->padded / 8 * LANES;
+    return job->q + (tile * job->groups + group) * job->padded / 8 * TILE;
 }
 
 INLINE void load_scales(const Job *job, int64_t tile, int64_t group, float *scale, float *offset) {
-    int64_t at = (tile * job->groups + group) * LANES;
+    int64_t at = (tile * job->groups + group) * TILE;
     const uint16_t *half = (const uint16_t *)job->scale + at;
     if (job->scale_type == FLOAT32)
-        memcpy(scale, (const float *)job->scale + at, LANES * 4);
+        memcpy(scale, (const float *)job->scale + at, TILE * 4);
     else if (job->scale_type == BFLOAT16)
-        for (int i = 0; i < LANES; i++) scale[i] = from_bf16(half[i]);
+        for (int i = 0; i < TILE; i++) scale[i] = from_bf16(half[i]);
     else
-        for (int i = 0; i < LANES; i++) scale[i] = from_f16(half[i]);
-    for (int i = 0; i < LANES; i++) offset[i] = job->zero ? 8 - job->zero[at + i] : 0;
+        for (int i = 0; i < TILE; i++) scale[i] = from_finite_f16(half[i]);
+    if (job->zero)
+        for (int i = 0; i < TILE; i++) offset[i] = 8 - job->zero[at + i];
+    else
+        memset(offset, 0, TILE * 4);
 }
 
-// `count` <= 32 values of one row of x from position `at` of a group; zero where there is padding. Returns their sum.
-INLINE float load_x(const Job *job, int64_t row, int64_t group, int64_t at, int count, float *values) {
+// `count` values of a row of x from position `at` of a group, zeros where there is padding. Returns their sum.
+INLINE float load_x(const Job *job, int64_t row, int64_t group, int64_t at, const int count, float *values) {
     int64_t first = group * job->group + at;
-    int present = row < job->rows ? (int)min(count, min(job->group - at, job->inputs - first)) : 0;
+    int64_t present = row < job->rows ? min(count, min(job->group - at, job->inputs - first)) : 0;
     const float *full = (const float *)job->x + row * job->inputs;
     const uint16_t *half = (const uint16_t *)job->x + row * job->inputs;
+    for (int i = 0; i < count; i++) values[i] = 0;
     if (job->order)
         for (int i = 0; i < present; i++) {
-            int64_t k = job->order[first + i];
+            int32_t k = job->order[first + i];
             values[i] = job->type == BFLOAT16 ? from_bf16(half[k]) : full[k];
         }
     else if (job->type == BFLOAT16)
         for (int i = 0; i < present; i++) values[i] = from_bf16(half[first + i]);
     else
         for (int i = 0; i < present; i++) values[i] = full[first + i];
-    for (int i = present < 0 ? 0 : present; i < count; i++) values[i] = 0;
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int i = 0; i < count; i++) sum += values[i];
     return sum;
 }
 
-// One row of a pair of tiles to y.
-INLINE void store_y(const Job *job, int64_t row, int64_t pair, const float *values) {
-    int64_t first = pair * PAIR;
-    int count = (int)min(PAIR, job->outputs - first);
+INLINE void store_y(const Job *job, int64_t row, int64_t tile, const float *values) {
+    int64_t to = row * job->outputs + tile * TILE;
+    int count = (int)min(TILE, job->outputs - tile * TILE);
     if (job->type == BFLOAT16) {
-        const uint16_t *bias = job->bias ? (const uint16_t *)job->bias + first : 0;
-        uint16_t *y = (uint16_t *)job->y + row * job->outputs + first;
-        for (int i = 0; i < count; i++) y[i] = to_bf16(values[i] + (bias ? from_bf16(bias[i]) : 0));
+        const uint16_t *bias = job->bias ? (const uint16_t *)job->bias + tile * TILE : 0;
+        for (int i = 0; i < count; i++)
+            ((uint16_t *)job->y)[to + i] = to_bf16(values[i] + (bias ? from_bf16(bias[i]) : 0));
     } else {
-        const float *bias = job->bias ? (const float *)job->bias + first : 0;
-        float *y = (float *)job->y + row * job->outputs + first;
-        for (int i = 0; i < count; i++) y[i] = values[i] + (bias ? bias[i] : 0);
+        const float *bias = job->bias ? (const float *)job->bias + tile * TILE : 0;
+        for (int i = 0; i < count; i++) ((float *)job->y)[to + i] = values[i] + (bias ? bias[i] : 0);
     }
 }
 
-// One group of one tile of the dense weight to y [inputs][outputs], in the layer's input order.
-INLINE void dequantize_group(const Job *job, int64_t tile, int64_t group) {
-    float scale[LANES], offset[LANES];
-    load_scales(job, tile, group, scale, offset);
-    const uint32_t *words = codes(job, tile, group);
-    int64_t first = group * job->group, count = min(job->group, job->inputs - first);
-    for (int64_t i = 0; i < count; i++) {
-        const uint32_t *word = words + i / 8 * LANES;
-        int shift = 28 - (i % 2 * 16 + i % 8 / 2 * 4);
-        int64_t to = (job->order ? job->order[first + i] : first + i) * job->outputs + tile * LANES;
-        float values[LANES];
-        for (int n = 0; n < LANES; n++) values[n] = (((int32_t)(word[n] << shift) >> 28) + offset[n]) * scale[n];
-        if (job->type == BFLOAT16)
-            for (int n = 0; n < LANES; n++) ((uint16_t *)job->y)[to + n] = to_bf16(values[n]);
-        else
-            memcpy((float *)job->y + to, values, sizeof values);
-    }
-}
-
-// The rows that are packed and multiplied together, rounded up to a size there is code for.
+// The rows that are packed and multiplied together, rounded up to a number there is code for.
 INLINE int block_rows(const Job *job, int64_t block) {
     int64_t left = job->rows - block * ROWS;
     return left > 4 ? ROWS : left > 2 ? 4 : (int)left;
 }
 
-#define FMA_DECODE(words, step, vector) \
-    __builtin_convertvector((words << (28 - (step % 2 * 16 + step / 2 * 4))) >> 28, vector)
+#define SHIFT_OF(k) (k % 2 * 16 + k / 2 * 4)
+#define CODES_OF(words, k, vector) __builtin_convertvector((words << (28 - SHIFT_OF(k))) >> 28, vector)
 
 #define NAME(x) x##_portable
 #define TARGET
@@ -161,13 +144,9 @@ INLINE int block_rows(const Job *job, int64_t block) {
 #define Element float
 #define CODES 1
 #define PACK(values) (values)[0]
-#define DECODE(words, step) FMA_DECODE(words, step, Vector_portable)
+#define DECODE(words, step) CODES_OF(words, step, Vector_portable)
 #define MULTIPLY(sum, x, codes) sum + x * codes
 #include "cpu_int4_rows.h"
-
-static void dequantize_portable(const Job *job, int64_t tile, int64_t group) {
-    dequantize_group(job, tile, group);
-}
 
 #ifdef X86
 #define TARGETS(features) __attribute__((target(features)))
@@ -183,12 +162,11 @@ static void dequantize_portable(const Job *job, int64_t tile, int64_t group) {
 #define Element float
 #define CODES 1
 #define PACK(values) (values)[0]
-#define DECODE(words, step) FMA_DECODE(words, step, Vector_avx2)
+#define DECODE(words, step) CODES_OF(words, step, Vector_avx2)
 #define MULTIPLY(sum, x, codes) sum + x * codes
 #include "cpu_int4_rows.h"
 
-static const float float_of_nibble[16] __attribute__((aligned(64))) = {0,  1,  2,  3,  4,  5,  6,  7,
-                                                                       -8, -7, -6, -5, -4, -3, -2, -1};
+static const float float_of_nibble[LANES] ALIGNED = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
 
 #define NAME(x) x##_avx512
 #define TARGET AVX512
@@ -197,23 +175,15 @@ static const float float_of_nibble[16] __attribute__((aligned(64))) = {0,  1,  2
 #define CODES 1
 #define PACK(values) (values)[0]
 #define DECODE(words, step) \
-    (Vector_avx512) _mm512_permutexvar_ps(_mm512_srli_epi32((__m512i)words, step % 2 * 16 + step / 2 * 4), \
-                                          _mm512_load_ps(float_of_nibble))
+    (Vector_avx512) _mm512_permutexvar_ps(_mm512_srli_epi32((__m512i)words, SHIFT_OF(step)), _mm512_load_ps(float_of_nibble))
 #define MULTIPLY(sum, x, codes) sum + x * codes
 #include "cpu_int4_rows.h"
 
-AVX2 static void dequantize_avx2(const Job *job, int64_t tile, int64_t group) {
-    dequantize_group(job, tile, group);
-}
-
-AVX512 static void dequantize_avx512(const Job *job, int64_t tile, int64_t group) {
-    dequantize_group(job, tile, group);
-}
-
-// bf16 of -8 ... 7 by two's complement nibble, twice: a nibble's neighbour may sit in the index's fifth bit.
-#define N16 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, \
-            0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80
-static const uint16_t bf16_of_nibble[32] __attribute__((aligned(64))) = {N16, N16};
+// Twice, since a nibble's neighbour may sit in the fifth bit of the index.
+#define BF16_OF_NIBBLE                                                                                \
+    0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, \
+        0xc080, 0xc040, 0xc000, 0xbf80
+static const uint16_t bf16_of_nibble[32] ALIGNED = {BF16_OF_NIBBLE, BF16_OF_NIBBLE};
 
 AVX512 INLINE __m512i bf16_pairs(__m512i words, const int step) {
     return _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * step), _mm512_load_si512(bf16_of_nibble));
@@ -225,21 +195,22 @@ AVX512 INLINE __m512i bf16_pairs(__m512i words, const int step) {
 #define Element uint32_t
 #define CODES 2
 #define PACK(values) (as_bits((values)[0]) >> 16 | (as_bits((values)[1]) & 0xffff0000))
-#define DECODE(words, step) bf16_pairs((__m512i)words, step)
-#define MULTIPLY(sum, x, codes) (Vector_bf16) _mm512_dpbf16_ps((__m512)sum, (__m512bh)codes, (__m512bh)_mm512_set1_epi32(x))
+#define DECODE(words, step) (__m512bh) bf16_pairs((__m512i)words, step)
+#define MULTIPLY(sum, x, codes) _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(x), codes)
 #include "cpu_int4_rows.h"
 
-// AMX: blocks of 16 rows, x as tiles of 16 rows x 32 inputs. float32 x is the exact sum of three bf16 `pieces` (float16
-// of two), each multiplied into the same accumulator.
+// AMX multiplies 16 rows x 32 inputs by 32 inputs x 16 outputs; both are 1 KB of bfloat16. float32 x is the exact sum of
+// three bfloat16 `pieces` (float16: of two), each multiplied into the same accumulator.
+enum { AMX_TILE = LANES * 32 };
+
 AMX static void pack_amx(const Job *job, int64_t block, int64_t group) {
-    enum { TILE = LANES * 32 };
-    uint16_t *to = (uint16_t *)job->packed + (block * job->groups + group) * job->padded / 32 * job->pieces * TILE;
+    uint16_t *to = (uint16_t *)job->packed + (block * job->groups + group) * job->padded * LANES * job->pieces;
     for (int r = 0; r < LANES; r++) {
         float sum = 0, values[32];
         for (int64_t at = 0; at < job->padded; at += 32) {
             sum += load_x(job, block * LANES + r, group, at, 32, values);
             for (int piece = 0; piece < job->pieces; piece++) {
-                uint16_t *tile = to + (at / 32 * job->pieces + piece) * TILE + r * 32;
+                uint16_t *tile = to + (at / 32 * job->pieces + piece) * AMX_TILE + r * 32;
                 for (int i = 0; i < 32; i++) {
                     tile[i] = as_bits(values[i]) >> 16;
                     values[i] -= from_bf16(tile[i]);
@@ -250,8 +221,7 @@ AMX static void pack_amx(const Job *job, int64_t block, int64_t group) {
     }
 }
 
-AMX static void run_amx(const Job *job, int64_t pair, int64_t first, int64_t last) {
-    enum { TILE = LANES * 32 };
+AMX INLINE void configure_amx(int64_t rows) {
     struct {
         uint8_t palette, start, reserved[14];
         uint16_t bytes[16];
@@ -259,81 +229,93 @@ AMX static void run_amx(const Job *job, int64_t pair, int64_t first, int64_t las
     } config = {.palette = 1};
     for (int i = 0; i < 8; i++) {
         config.bytes[i] = 64;
-        config.rows[i] = i == 4 || i == 5 ? LANES : (uint8_t)min(LANES, last - first);
+        config.rows[i] = i == 4 || i == 5 ? LANES : (uint8_t)min(LANES, rows);
     }
     _tile_loadconfig(&config);
+}
 
-    float total[PASS][PAIR] __attribute__((aligned(64)));
-    float product[2 * LANES][PAIR] __attribute__((aligned(64)));
-    uint16_t weight[2][SLAB / 32 * TILE] __attribute__((aligned(64)));
-    memset(total, 0, (last - first) * sizeof *total);
-    int64_t blocks = (last - first + LANES - 1) / LANES;
-    int64_t row_bytes = job->groups * job->padded * LANES * 2 * job->pieces;
-    for (int64_t group = 0; group < job->groups; group++) {
-        const float *sums = job->sums + group * job->row_limit + first;
-        float scales[PAIR], offsets[PAIR];
-        load_scales(job, 2 * pair, group, scales, offsets);
-        load_scales(job, 2 * pair + 1, group, scales + LANES, offsets + LANES);
-        for (int64_t at = 0; at < job->padded; at += SLAB) {
-            int tiles = (int)min(SLAB, job->padded - at) / 32;
-            for (int half = 0; half < 2; half++) {
-                const uint32_t *words = codes(job, 2 * pair + half, group) + at / 8 * LANES;
-                for (int i = 0; i < tiles * 4; i++) {
-                    __m512i word = _mm512_loadu_si512(words + i * LANES);
-                    __builtin_prefetch(words + i * LANES + AHEAD);
-                    UNROLL for (int step = 0; step < 4; step++)
-                        _mm512_store_si512(weight[half] + (i * 4 + step) * 32, bf16_pairs(word, step));
-                }
+// 32 inputs x 16 outputs of codes.
+AMX INLINE void decode_amx(const uint32_t *words, uint16_t *to) {
+    for (int i = 0; i < 4; i++, words += LANES) {
+        __m512i word = _mm512_loadu_si512(words);
+        __builtin_prefetch(words + AHEAD);
+        UNROLL for (int step = 0; step < 4; step++, to += 32) _mm512_store_si512(to, bf16_pairs(word, step));
+    }
+}
+
+// Adds the products of 32 rows, or of 16 if not `two` blocks, and 32 outputs to registers 0 to 3.
+AMX INLINE void multiply_amx(const char *x, int64_t block, int64_t pieces, uint16_t (*weight)[SLAB * LANES], int steps,
+                             int two) {
+    for (int i = 0; i < steps; i++) {
+        _tile_loadd(4, weight[0] + i * AMX_TILE, 64);
+        _tile_loadd(5, weight[1] + i * AMX_TILE, 64);
+        for (int64_t piece = 0; piece < pieces; piece++, x += 2 * AMX_TILE) {
+            _tile_loadd(6, x, 64);
+            _tile_dpbf16ps(0, 6, 4);
+            _tile_dpbf16ps(1, 6, 5);
+            if (two) {
+                _tile_loadd(7, x + block, 64);
+                _tile_dpbf16ps(2, 7, 4);
+                _tile_dpbf16ps(3, 7, 5);
             }
-            for (int64_t block = 0; block < blocks; block += 2) {
-                int two = block + 1 < blocks;
-                const char *x = (const char *)job->packed + (first / LANES + block) * row_bytes +
-                                (group * job->padded + at) * LANES * 2 * job->pieces;
+        }
+    }
+}
+
+AMX INLINE void store_amx(float (*to)[TILE], int two) {
+    _tile_stored(0, to[0], 4 * TILE);
+    _tile_stored(1, to[0] + LANES, 4 * TILE);
+    if (two) {
+        _tile_stored(2, to[LANES], 4 * TILE);
+        _tile_stored(3, to[LANES] + LANES, 4 * TILE);
+    }
+}
+
+// Products of codes leave the registers after every group, to be scaled.
+AMX static void run_amx(const Job *job, int64_t tile, int64_t first, int64_t last) {
+    configure_amx(last - first);
+    float total[PASS][TILE] ALIGNED, product[2 * LANES][TILE] ALIGNED, scale[TILE] ALIGNED, offset[TILE] ALIGNED;
+    uint16_t weight[2][SLAB * LANES] ALIGNED;
+    memset(total, 0, (last - first) * sizeof *total);
+    int64_t input_bytes = LANES * 2 * job->pieces, block_bytes = job->groups * job->padded * input_bytes;
+    for (int64_t group = 0; group < job->groups; group++) {
+        load_scales(job, tile, group, scale, offset);
+        for (int64_t at = 0; at < job->padded; at += SLAB) {
+            int steps = (int)min(SLAB, job->padded - at) / 32;
+            for (int half = 0; half < 2; half++)
+                for (int i = 0; i < steps; i++) {
+                    int64_t k = half * job->padded + at + i * 32;
+                    decode_amx(codes(job, tile, group) + k / 8 * LANES, weight[half] + i * AMX_TILE);
+                }
+            for (int64_t row = first; row < last; row += 2 * LANES) {
+                int two = row + LANES < last;
+                const char *x = (const char *)job->packed + row / LANES * block_bytes;
                 _tile_zero(0);
                 _tile_zero(1);
                 _tile_zero(2);
                 _tile_zero(3);
-                for (int i = 0; i < tiles; i++) {
-                    _tile_loadd(4, weight[0] + i * TILE, 64);
-                    _tile_loadd(5, weight[1] + i * TILE, 64);
-                    for (int piece = 0; piece < job->pieces; piece++, x += 2 * TILE) {
-                        _tile_loadd(6, x, 64);
-                        _tile_dpbf16ps(0, 6, 4);
-                        _tile_dpbf16ps(1, 6, 5);
-                        if (two) {
-                            _tile_loadd(7, x + row_bytes, 64);
-                            _tile_dpbf16ps(2, 7, 4);
-                            _tile_dpbf16ps(3, 7, 5);
-                        }
-                    }
-                }
-                _tile_stored(0, product[0], 128);
-                _tile_stored(1, product[0] + LANES, 128);
-                if (two) {
-                    _tile_stored(2, product[LANES], 128);
-                    _tile_stored(3, product[LANES] + LANES, 128);
-                }
-                int64_t rows = min(2 * LANES, last - first - block * LANES);
-                for (int64_t r = 0; r < rows; r++) {
-                    float sum = at ? 0 : sums[block * LANES + r];
-                    for (int n = 0; n < PAIR; n += LANES) {
-                        Vector_avx512 *to = (Vector_avx512 *)(total[block * LANES + r] + n);
+                multiply_amx(x + (group * job->padded + at) * input_bytes, block_bytes, job->pieces, weight, steps, two);
+                store_amx(product, two);
+                for (int64_t r = 0; r < min(2 * LANES, last - row); r++) {
+                    float sum = at ? 0 : job->sums[group * job->row_limit + row + r];
+                    UNROLL for (int n = 0; n < TILE; n += LANES) {
+                        Vector_avx512 *to = (Vector_avx512 *)(total[row - first + r] + n);
                         Vector_avx512 from = *(Vector_avx512 *)(product[r] + n);
-                        *to += *(Vector_avx512 *)(scales + n) * (from + *(Vector_avx512 *)(offsets + n) * sum);
+                        *to += *(Vector_avx512 *)(scale + n) * (from + *(Vector_avx512 *)(offset + n) * sum);
                     }
                 }
             }
         }
     }
     _tile_release();
-    for (int64_t row = first; row < last; row++) store_y(job, row, pair, total[row - first]);
+    for (int64_t row = first; row < last; row++) store_y(job, row, tile, total[row - first]);
 }
 #endif
 
 // A path packs `block` rows at a time and multiplies `pass` rows at a time.
 static const struct {
     void (*pack)(const Job *job, int64_t block, int64_t group);
-    void (*run)(const Job *job, int64_t pair, int64_t first, int64_t last);
+    void (*run)(const Job *job, int64_t tile, int64_t first, int64_t last);
     void (*dequantize)(const Job *job, int64_t tile, int64_t group);
     int64_t block, pass;
 } paths[] = {
@@ -346,7 +328,14 @@ static const struct {
 #endif
 };
 
-// The last path that this machine can run; it can run all before that too.
+const int openmp =
+#ifdef _OPENMP
+    1;
+#else
+    0;
+#endif
+
+// The last path that this machine has; it has those before it too. Asks Linux for the use of AMX.
 int detect(void) {
 #ifdef X86
     __builtin_cpu_init();
@@ -355,51 +344,41 @@ int detect(void) {
         !__builtin_cpu_supports("avx512vl"))
         return 1;
     if (!__builtin_cpu_supports("avx512bf16")) return 2;
-    enum { AMX_FEATURES = 1 << 22 | 1 << 24, REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
+    enum { AMX_BF16_AND_TILE = 1 << 22 | 1 << 24, REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
     unsigned a, b, c, d = 0;
     __get_cpuid_count(7, 0, &a, &b, &c, &d);
-    if ((d & AMX_FEATURES) != AMX_FEATURES || syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA)) return 3;
-    return 4;
+    int amx = (d & AMX_BF16_AND_TILE) == AMX_BF16_AND_TILE;
+    return amx && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0 ? 4 : 3;
 #else
     return 0;
 #endif
 }
-
-int openmp =
-#ifdef _OPENMP
-    1;
-#else
-    0;
-#endif
 
 // Returns 0, or 1 if there is no memory for x.
 int linear(int path, int threads, const Job *given) {
     Job job = *given;
-    job.groups = (job.inputs + job.group - 1) / job.group;
-    job.row_limit = round_up(job.rows, LANES);
-    int64_t values = job.row_limit * job.groups, bytes = values * job.padded * (job.pieces > 2 ? 6 : 4);
-    job.packed = aligned_alloc(64, round_up(bytes + values * 4, 64));
+    job.groups = divide_up(job.inputs, job.group);
+    job.row_limit = divide_up(job.rows, LANES) * LANES;
+    int64_t count = job.row_limit * job.groups, bytes = count * job.padded * (job.pieces > 2 ? 6 : 4);
+    job.packed = aligned_alloc(64, divide_up(bytes + count * 4, 64) * 64);
     if (!job.packed) return 1;
     job.sums = (float *)((char *)job.packed + bytes);
-    int64_t block = paths[path].block, blocks = (job.rows + block - 1) / block;
-    int64_t pass = paths[path].pass, passes = (job.rows + pass - 1) / pass;
-    int64_t pairs = (job.outputs + PAIR - 1) / PAIR;
+    int64_t pass = paths[path].pass, blocks = divide_up(job.rows, paths[path].block);
+    int64_t tiles = divide_up(job.outputs, TILE), passes = divide_up(job.rows, pass);
 #pragma omp parallel for num_threads(threads) if (job.rows > ROWS)
     for (int64_t i = 0; i < blocks * job.groups; i++) paths[path].pack(&job, i / job.groups, i % job.groups);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (int64_t i = 0; i < passes * pairs; i++) {
-        int64_t first = i / pairs * pass;
-        paths[path].run(&job, i % pairs, first, min(job.rows, first + pass));
-    }
+    for (int64_t i = 0; i < passes * tiles; i++)
+        paths[path].run(&job, i % tiles, i / tiles * pass, min(job.rows, (i / tiles + 1) * pass));
     free(job.packed);
     return 0;
 }
 
-// The dense weight of `outputs`, a multiple of 16, to y [inputs][outputs], in the layer's input order.
+// The dense weight of `outputs`, a multiple of 32, to y [inputs][outputs], in the layer's input order.
 void dequantize(int path, int threads, const Job *given) {
     Job job = *given;
-    job.groups = (job.inputs + job.group - 1) / job.group;
-    int64_t tiles = job.outputs / LANES;
+    job.groups = divide_up(job.inputs, job.group);
+    int64_t tiles = job.outputs / TILE;
 #pragma omp parallel for num_threads(threads)
     for (int64_t i = 0; i < tiles * job.groups; i++) paths[path].dequantize(&job, i % tiles, i / tiles);
 }

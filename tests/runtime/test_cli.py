@@ -88,7 +88,7 @@ def test_prompt_files(tmp_path: Path) -> None:
     file.write_text('first line\n\n{"prompt": "two\\nlines"}\n{not json\n')
     assert read_prompts(["zero"], str(file)) == ["zero", "first line", "two\nlines", "{not json"]
     file.write_text('{"text": "wrong key"}\n')
-    with pytest.raises(InvalidRequest, match="line 1.*'prompt'"):
+    with pytest.raises(InvalidRequest, match=r"line 1.*'prompt'"):
         read_prompts([], str(file))
     with pytest.raises(InvalidRequest, match=r"missing\.txt"):
         read_prompts([], str(tmp_path / "missing.txt"))

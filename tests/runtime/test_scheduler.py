@@ -20,10 +20,10 @@ def make_request(uid: int, prompt: int, new: int, **params: Any) -> Request:
 def run_step(scheduler: Scheduler) -> dict[Request, FinishReason]:
     plan = scheduler.schedule()
     assert plan, "there is work, but nothing was planned"
-    assert sum(chunk.count for chunk in plan) <= scheduler.max_batched_tokens
+    assert sum(chunk.size for chunk in plan) <= scheduler.max_batched_tokens
     assert len({chunk.request for chunk in plan}) == len(plan)
     for chunk in plan:
-        assert chunk.count > 0
+        assert chunk.size > 0
         assert chunk.start == chunk.request.computed
         assert len(chunk.request.blocks) >= scheduler.pool.blocks_for(chunk.stop)
     scheduler.pool.check(scheduler.live())
@@ -89,7 +89,7 @@ def test_preempted_tokens_are_kept_and_computed_again() -> None:
 def test_a_scored_prompt_is_computed_in_small_chunks() -> None:
     scheduler = Scheduler(BlockPool(100, 16), 2048, max_running=4)
     scheduler.add(make_request(0, SCORED_ROWS + 10, 0, prompt_logprobs=0))
-    assert [chunk.count for chunk in scheduler.schedule()] == [SCORED_ROWS]
+    assert [chunk.size for chunk in scheduler.schedule()] == [SCORED_ROWS]
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3])
@@ -161,7 +161,7 @@ def test_samples_share_the_blocks_of_their_prompt_in_the_very_first_step() -> No
         request = make_request(0, 41, 8)
         request.index = index
         scheduler.add(request)
-    assert [chunk.count for chunk in scheduler.schedule()] == [41, 1, 1, 1]
+    assert [chunk.size for chunk in scheduler.schedule()] == [41, 1, 1, 1]
     assert scheduler.pool.count - scheduler.pool.free == 10 + 4
     scheduler.pool.check(scheduler.live())
 

@@ -1,0 +1,106 @@
+"""A random Llama of a given shape, as bf16 and as AWQ int4, for measuring speed: the values mean nothing.
+
+Both are written without ever holding the whole model, so a shape of 1B parameters needs little memory and a few seconds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import LlamaConfig
+
+GROUP = 128
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a Llama with tied embeddings."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+
+    @property
+    def linears(self) -> list[tuple[str, int, int]]:
+        """``(name, inputs, outputs)`` of one layer's linear layers."""
+        hidden, head = self.hidden, self.hidden // self.heads
+        return [
+            ("self_attn.q_proj", hidden, self.heads * head),
+            ("self_attn.k_proj", hidden, self.kv_heads * head),
+            ("self_attn.v_proj", hidden, self.kv_heads * head),
+            ("self_attn.o_proj", self.heads * head, hidden),
+            ("mlp.gate_proj", hidden, self.intermediate),
+            ("mlp.up_proj", hidden, self.intermediate),
+            ("mlp.down_proj", self.intermediate, hidden),
+        ]
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of all layers' linears, the head included."""
+        return self.layers * sum(i * o for _, i, o in self.linears) + self.hidden * self.vocabulary
+
+
+LLAMA_1B = Shape(hidden=2048, intermediate=8192, layers=16, heads=32, kv_heads=8, vocabulary=128256)
+"""Llama-3.2-1B."""
+
+
+def write(shape: Shape, folder: Path, *, quantized: bool) -> Path:
+    """Write the checkpoint, one file a layer, and return its folder."""
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    index: dict[str, str] = {}
+    for number, tensors in enumerate(_parts(shape, quantized, generator)):
+        file = f"part-{number:03d}.safetensors"
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(tensors, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    ).to_dict()
+    if quantized:
+        config["quantization_config"] = {
+            "quant_method": "awq", "version": "gemm", "bits": 4, "group_size": GROUP, "zero_point": True,
+        }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def _parts(shape: Shape, quantized: bool, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
+    def normal(*size: int) -> Tensor:
+        return (torch.randn(*size, generator=generator) * 0.02).bfloat16()
+
+    ones = torch.ones(shape.hidden, dtype=torch.bfloat16)
+    yield {"model.embed_tokens.weight": normal(shape.vocabulary, shape.hidden), "model.norm.weight": ones}
+    for layer in range(shape.layers):
+        prefix = f"model.layers.{layer}"
+        tensors = {f"{prefix}.{norm}.weight": ones.clone() for norm in ("input_layernorm", "post_attention_layernorm")}
+        for name, inputs, outputs in shape.linears:
+            if not quantized:
+                tensors[f"{prefix}.{name}.weight"] = normal(outputs, inputs)
+                continue
+            words = (inputs, outputs // 8)
+            codes = torch.randint(-(2**31), 2**31 - 1, words, generator=generator, dtype=torch.int32)
+            tensors[f"{prefix}.{name}.qweight"] = codes
+            tensors[f"{prefix}.{name}.qzeros"] = torch.full(
+                (inputs // GROUP, outputs // 8), -0x77777778, dtype=torch.int32
+            )
+            tensors[f"{prefix}.{name}.scales"] = torch.full((inputs // GROUP, outputs), 0.004, dtype=torch.float16)
+        yield tensors
