@@ -83,8 +83,8 @@ class Engine:
             raise LoadError(f"{checkpoint.folder}: {error}") from error
         self.tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config, checkpoint)
         self.loaded = load(plan, ATTENTION)
-        context = context_length(plan.config)
-        self.size = size_cache(config, KVCache.bytes_per_token(specs, plan.dtype), context, plan.device)
+        token_bytes = KVCache.bytes_per_token(specs, plan.dtype)
+        self.size = size_cache(config, token_bytes, context_length(plan.config), plan.device)
         cache = KVCache(specs, self.size.blocks, self.size.block_size, plan.dtype, plan.device)
         self.max_model_len = limit_by_rope(plan.config, config.max_model_len, self.size.max_model_len)
         self.vocabulary = int(cast(Any, self.loaded.model).get_input_embeddings().num_embeddings)
@@ -211,8 +211,7 @@ class Engine:
         """Run one forward pass; what it added to each request. Empty if there is nothing to do."""
         self.require_alive()
         deltas = self._expire()
-        plan = self.scheduler.schedule()
-        if not plan:
+        if not (plan := self.scheduler.schedule()):
             return deltas
         try:
             result = self.runner.run(plan)
@@ -282,11 +281,8 @@ class Engine:
         text = self._texts.get(request)
         if text is None:
             return delta
-        if (
-            token not in request.end_tokens
-            or reason is not FinishReason.STOP
-            or request.params.include_stop_str_in_output
-        ):
+        ended_by_token = reason is FinishReason.STOP and token in request.end_tokens
+        if not ended_by_token or request.params.include_stop_str_in_output:
             delta.text = text.feed(token, may_stop=len(request.output) > request.params.min_tokens)
         if text.matched is not None:
             delta.finish_reason, delta.stop_reason = FinishReason.STOP, text.matched
