@@ -8,59 +8,43 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import io
 import json
 import logging
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from runtime.bench import add_parsers as add_bench_parsers
+from runtime.chat import chat
 from runtime.errors import Error, InvalidRequest
-
-
-class Parser(argparse.ArgumentParser):
-    """Knows no abbreviations and suggests the nearest flag for an unknown one."""
-
-    def __init__(self, **options: Any):
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
-        if unknown:
-            flags = [flag for action in self._every_action() for flag in action.option_strings]
-            close = difflib.get_close_matches(unknown[1], flags, n=1)
-            message += f". Did you mean {close[0]}?" if close else ""
-        super().error(message)
-
-    def _every_action(self) -> list[argparse.Action]:
-        actions = list(self._actions)
-        for action in self._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                actions += [inner for parser in action.choices.values() for inner in parser._actions]
-        return actions
+from runtime.options import (
+    ENGINE,
+    LOADING,
+    QUEUE,
+    SERVER,
+    Parser,
+    engine_options,
+    given,
+    loading_options,
+    pick,
+    queue_options,
+    server_options,
+    with_config_file,
+)
 
 
 def build_parser() -> Parser:
     parser = Parser(prog="relinear", description="A quantization-focused LLM runtime.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _generate_parser(commands.add_parser("generate", help="complete prompts"))
+    _serve_parser(commands.add_parser("serve", help="serve over HTTP, as OpenAI and SGLang do"))
     _inspect_parser(commands.add_parser("inspect", help="show what loading would do; reads no weights"))
+    _chat_parser(commands.add_parser("chat", help="talk to a model in the terminal"))
+    add_bench_parsers(commands.add_parser("bench", help="measure speed, as SGLang does"))
+    commands.add_parser("env", help="what to paste into an issue").set_defaults(run=_show_environment)
     return parser
-
-
-def _loading_options(parser: argparse.ArgumentParser) -> None:
-    """The options that decide what is loaded; SGLang's spelling first, then vLLM's."""
-    group = parser.add_argument_group("model")
-    group.add_argument("--quantization", "-q", metavar="FORMAT", help="the format you expect, e.g. awq; only confirms")
-    group.add_argument("--kernel", metavar="NAME", help="what multiplies by quantized weights; default: the best here")
-    group.add_argument("--attention-backend", metavar="NAME", help="what attends; default: the best here")
-    group.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 (half) or float32 (default: auto)")
-    group.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    group.add_argument("--trust-remote-code", action="store_true", help="run Python code of the checkpoint")
-    group.add_argument("--revision", help="branch, tag or commit of a Hub repository")
 
 
 def _generate_parser(parser: argparse.ArgumentParser) -> None:
@@ -68,25 +52,8 @@ def _generate_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model-path", "--model", required=True, metavar="M", help="folder, Hub repository, demo or demo-bf16"
     )
-    _loading_options(parser)
-    group = parser.add_argument_group("engine")
-    group.add_argument("--tokenizer-path", "--tokenizer", dest="tokenizer", metavar="T", help="default: the model's")
-    group.add_argument("--skip-tokenizer-init", action="store_true", help="token ids in (JSON lines) and out")
-    group.add_argument("--context-length", "--max-model-len", dest="max_model_len", type=int, metavar="N")
-    group.add_argument(
-        "--max-running-requests", "--max-num-seqs", dest="max_num_seqs", type=int, default=32, metavar="N"
-    )
-    group.add_argument(
-        "--chunked-prefill-size", "--max-num-batched-tokens", dest="max_num_batched_tokens", type=int, metavar="N"
-    )
-    group.add_argument("--max-total-tokens", type=int, metavar="N", help="size of the KV cache in tokens")
-    group.add_argument("--kv-cache-memory", metavar="SIZE", help="size of the KV cache, e.g. 2GiB")
-    group.add_argument(
-        "--kv-cache-dtype",
-        default="auto",
-        metavar="D",
-        help="auto (the model's), bf16, fp8_e4m3 or int8 (default: auto)",
-    )
+    loading_options(parser)
+    engine_options(parser)
     group = parser.add_argument_group("prompts")
     group.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be repeated")
     group.add_argument(
@@ -117,21 +84,45 @@ def _generate_parser(parser: argparse.ArgumentParser) -> None:
 def _inspect_parser(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=inspect)
     parser.add_argument("model", metavar="M", help="folder, Hub repository, demo or demo-bf16")
-    _loading_options(parser)
+    loading_options(parser)
     parser.add_argument("--json", action="store_true", help="every module, as JSON")
 
 
 DEFAULT_NEW_TOKENS = 128
-LOADING = ("quantization", "kernel", "attention_backend", "dtype", "device", "trust_remote_code", "revision")
-ENGINE = (
-    "tokenizer", "skip_tokenizer_init", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_total_tokens",
-    "kv_cache_memory", "kv_cache_dtype",
-)  # fmt: skip
+
+
+def _serve_parser(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=serve)
+    parser.add_argument("model_argument", nargs="?", metavar="M", help="the same as --model-path")
+    parser.add_argument("--model-path", "--model", metavar="M", help="folder, Hub repository, demo or demo-bf16")
+    parser.add_argument("--config", metavar="FILE", help="YAML: flags without dashes as keys; the command line wins")
+    loading_options(parser)
+    engine_options(parser)
+    queue_options(parser)
+    server_options(parser)
+
+
+def _chat_parser(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=chat)
+    parser.add_argument("--model-path", "--model", required=True, metavar="M")
+    loading_options(parser)
+    engine_options(parser)
+    group = parser.add_argument_group("conversation")
+    group.add_argument("--chat-template", metavar="FILE", help="instead of the tokenizer's own")
+    group.add_argument("--system", metavar="TEXT", help="the system message")
+    group.add_argument("--temperature", type=float, metavar="T", help="default: the model's")
+    group.add_argument("--top-p", type=float, metavar="P", help="default: the model's")
+    group.add_argument("--max-new-tokens", "--max-tokens", dest="max_tokens", type=int, metavar="N")
+    group.add_argument("--quiet", action="store_true", help="no report")
+
+
+def _show_environment(arguments: argparse.Namespace) -> int:
+    from runtime.environment import show
+
+    return show(arguments)
+
+
 SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "ignore_eos", "n")
-
-
-def _pick(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in names}
 
 
 def generate(arguments: argparse.Namespace) -> int:
@@ -139,12 +130,12 @@ def generate(arguments: argparse.Namespace) -> int:
 
     if arguments.stream and (arguments.json or arguments.n > 1):
         raise InvalidRequest("--stream shows one answer as it comes; leave out --json and --n.")
-    params = SamplingParams(**_pick(arguments, SAMPLING))
+    params = SamplingParams(**pick(arguments, SAMPLING))
     prompts = read_prompts(arguments.prompt, arguments.prompt_file)
 
     from runtime.llm import LLM
 
-    llm = LLM(arguments.model_path, **_pick(arguments, LOADING + ENGINE))
+    llm = LLM(arguments.model_path, **pick(arguments, LOADING + ENGINE))
     if not arguments.quiet:
         print(llm.report + "\n", file=sys.stderr)
     each = [params if params.max_tokens is not None else _default_length(llm, prompt, params) for prompt in prompts]
@@ -183,10 +174,27 @@ def _print_stream(llm: Any, prompt: str | list[int], params: Any) -> None:
     print("\n---", flush=True)
 
 
+def serve(arguments: argparse.Namespace) -> int:
+    models = {arguments.model_argument, arguments.model_path} - {None}
+    if len(models) != 1:
+        raise InvalidRequest("exactly one model is needed: --model-path M.")
+    try:
+        import fastapi  # noqa: F401 - to say what is missing before anything is loaded
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise Error(f"serving needs the extra 'serve' ({error}): pip install 'relinear[serve]'.") from error
+    from runtime.config import EngineConfig
+    from runtime.server.options import ServerOptions
+    from runtime.server.process import serve as run
+
+    config = EngineConfig(models.pop(), **given(arguments, LOADING + ENGINE + QUEUE))
+    return run(config, ServerOptions(**given(arguments, SERVER)))
+
+
 def inspect(arguments: argparse.Namespace) -> int:
     from runtime.inspection import inspect as look
 
-    found = look(arguments.model, **_pick(arguments, LOADING))
+    found = look(arguments.model, **pick(arguments, LOADING))
     print(json.dumps(found.data(), indent=2, ensure_ascii=False) if arguments.json else found)
     return 0
 
@@ -244,8 +252,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 gets escapes, not a crash
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
     try:
+        arguments = parser.parse_args(with_config_file(sys.argv[1:] if argv is None else argv, parser))
         return int(arguments.run(arguments))
     except Error as error:
         print(f"relinear: {error}", file=sys.stderr)

@@ -19,7 +19,8 @@ class EngineConfig:
     than fall back. ``max_model_len`` is the longest prompt and answer together, ``max_total_tokens`` (or
     ``kv_cache_memory``, bytes or ``"2GiB"``) the size of the KV cache, ``max_num_batched_tokens`` the tokens of one
     forward pass and ``max_num_seqs`` the requests that run at once. ``kv_cache_dtype`` is ``auto`` (the model's), ``bf16``,
-    ``fp8_e4m3`` or ``int8``. ``skip_tokenizer_init`` takes and gives token ids only.
+    ``fp8_e4m3`` or ``int8``. ``max_queued_requests`` may wait for that, at most ``queue_timeout`` seconds, and must be done
+    after ``request_timeout`` (``None``: no limit). ``skip_tokenizer_init`` takes and gives token ids only.
     """
 
     model: str
@@ -40,13 +41,24 @@ class EngineConfig:
     seed: int = 0
     trust_remote_code: bool = False
     revision: str | None = None
+    enable_prefix_caching: bool = True
+    max_queued_requests: int | None = None
+    queue_timeout: float | None = None
+    request_timeout: float | None = None
     startup_check: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_num_batched_tokens", "max_num_seqs", "max_total_tokens", "block_size"):
+        for name in (
+            "max_model_len", "max_num_batched_tokens", "max_num_seqs", "max_total_tokens", "block_size",
+            "max_queued_requests",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise LoadError(f"{name} must be a positive integer, not {value!r}.")
+        for name in ("queue_timeout", "request_timeout"):
+            seconds = getattr(self, name)
+            if seconds is not None and not seconds > 0:
+                raise LoadError(f"{name} must be a positive number of seconds, not {seconds!r}.")
         if self.max_total_tokens is not None and self.kv_cache_memory is not None:
             raise LoadError("max_total_tokens and kv_cache_memory both size the KV cache; give one of them.")
 

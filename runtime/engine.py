@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import logging
 import random
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -22,14 +23,16 @@ from attention.hf import NAME as ATTENTION
 from attention.hf import read_specs
 from attention.kv_cache import KVCache
 from attention.kv_dtypes import cache_dtype
-from attention.positions import batch_dependent_rope
 from attention.registry import select
 from runtime import guard
+from runtime.admission import max_new_tokens
 from runtime.blocks import BlockPool
-from runtime.checkpoint import Checkpoint, locate
+from runtime.checkpoint import Checkpoint
 from runtime.config import EngineConfig
+from runtime.defaults import context_length, end_tokens, limit_by_rope, load_tokenizer, sampling_defaults
 from runtime.detokenize import Detokenizer
-from runtime.errors import EngineDead, InvalidRequest, LoadError
+from runtime.errors import EngineDead, InvalidRequest, LoadError, Overloaded
+from runtime.grammar import GrammarCompiler, Matcher
 from runtime.loader import load
 from runtime.memory import size_cache
 from runtime.plan import make_plan
@@ -46,7 +49,8 @@ MAX_BATCHED_TOKENS = 2048
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Counts at one moment. ``free_blocks`` of ``blocks`` hold nothing; ``preemptions`` count from the start."""
+    """Counts at one moment. ``free_blocks`` of ``blocks`` are held by nobody; ``preemptions``, and the tokens that were
+    looked for (``prefix_queries``) and found (``prefix_hits``) in the prefix cache, count from the start."""
 
     running: int
     waiting: int
@@ -54,6 +58,8 @@ class EngineStats:
     free_blocks: int
     preemptions: int
     steps: int
+    prefix_queries: int
+    prefix_hits: int
 
 
 class Engine:
@@ -77,16 +83,18 @@ class Engine:
             kv_dtype = cache_dtype(config.kv_cache_dtype, plan.dtype)
         except AttentionError as error:
             raise LoadError(f"{checkpoint.folder}: {error}") from error
-        self.tokenizer = None if config.skip_tokenizer_init else _load_tokenizer(config, checkpoint)
+        self.tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config, checkpoint)
         self.loaded = load(plan, ATTENTION)
-        context = _context(plan.config)
-        self.size = size_cache(config, KVCache.bytes_per_token(specs, kv_dtype), context, plan.device)
+        token_bytes = KVCache.bytes_per_token(specs, kv_dtype)
+        self.size = size_cache(config, token_bytes, context_length(plan.config), plan.device)
         cache = KVCache(specs, self.size.blocks, self.size.block_size, kv_dtype, plan.device)
-        self.max_model_len = _limit_by_rope(plan.config, config.max_model_len, self.size.max_model_len)
+        self.max_model_len = limit_by_rope(plan.config, config.max_model_len, self.size.max_model_len)
         self.vocabulary = int(cast(Any, self.loaded.model).get_input_embeddings().num_embeddings)
-        self.end_tokens = _end_tokens(self.loaded.model, self.tokenizer)
+        self.end_tokens = end_tokens(self.loaded.model, self.tokenizer)
+        self.sampling_defaults = sampling_defaults(checkpoint)
+        self.grammars = GrammarCompiler(self.tokenizer, self.vocabulary, self.end_tokens)
         self.scheduler = Scheduler(
-            BlockPool(self.size.blocks, self.size.block_size),
+            BlockPool(self.size.blocks, self.size.block_size, caching=config.enable_prefix_caching),
             config.max_num_batched_tokens or MAX_BATCHED_TOKENS,
             config.max_num_seqs,
         )
@@ -103,22 +111,26 @@ class Engine:
 
     # Requests -----------------------------------------------------------------------------------------------------
 
-    def add(self, prompt: str | Sequence[int], params: SamplingParams) -> int:
-        """Queue a prompt, text or token ids; its ``n`` samples share the returned uid.
+    def add(self, prompt: str | Sequence[int], params: SamplingParams, matcher: Matcher | None = None) -> int:
+        """Queue a prompt, text or token ids; its ``n`` samples share the returned uid. ``matcher`` is the compiled
+        ``structured_outputs``, if that has been done already.
 
-        Raises :class:`InvalidRequest` if it can never be served, :class:`EngineDead` after a failed forward pass.
+        Raises :class:`InvalidRequest` if it can never be served, :class:`Overloaded` if the queue is full,
+        :class:`EngineDead` after a failed forward pass.
         """
         self.require_alive()
+        self.require_room(params.n)
         ids = self.encode(prompt)
-        max_tokens = self._admit(ids, params)
+        max_tokens = max_new_tokens(ids, params, self.max_model_len, self.vocabulary, self.tokenizer is not None)
+        if params.structured_outputs is not None and matcher is None:
+            matcher = self.grammars.compile(params.structured_outputs)
         uid = next(self._uids)
         for index in range(params.n):
             generator = generator_for(params, index, self._random)
-            end_tokens = frozenset(params.stop_token_ids or ())
-            if not params.ignore_eos:
-                end_tokens |= self.end_tokens
+            ends = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self.end_tokens)
             own = params if index == 0 else replace(params, prompt_logprobs=None)  # the prompt is scored once
-            request = Request(uid, index, ids, own, max_tokens, generator, end_tokens)
+            request = Request(uid, index, ids, own, max_tokens, generator, ends)
+            request.matcher = matcher.copy() if matcher else None
             self._live[uid, index] = request
             if self.tokenizer is not None:
                 self._texts[request] = Detokenizer(
@@ -130,6 +142,15 @@ class Engine:
                 )
             self.scheduler.add(request)
         return uid
+
+    def require_room(self, samples: int) -> None:
+        """Raise :class:`Overloaded` if this many more would exceed ``max_queued_requests``."""
+        limit, live = self.config.max_queued_requests, len(self._live)
+        if limit is not None and live + samples > self.scheduler.max_running + limit:
+            raise Overloaded(
+                f"{live} requests run or wait and {samples} more would exceed {self.scheduler.max_running} running and "
+                f"{limit} waiting (max_queued_requests). Try again later."
+            )
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt. Raises :class:`InvalidRequest` on anything that is not a prompt of this model."""
@@ -148,24 +169,6 @@ class Engine:
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self.vocabulary:
                 raise InvalidRequest(f"{token!r} is not a token id of this model (0 to {self.vocabulary - 1}).")
         return ids
-
-    def _admit(self, ids: list[int], params: SamplingParams) -> int:
-        """The most tokens the request may generate; refuses one that could wait for ever."""
-        if params.stop_strings and self.tokenizer is None:
-            raise InvalidRequest("stop strings need a tokenizer, and skip_tokenizer_init is set; use stop_token_ids.")
-        room = self.max_model_len - len(ids)
-        least = 1 if params.max_tokens is None else params.max_tokens
-        if room < least:
-            raise InvalidRequest(
-                f"the prompt has {len(ids)} tokens and asks for {least} more, but the longest sequence is "
-                f"{self.max_model_len} tokens (max_model_len). Shorten the prompt or lower max_tokens"
-                f"{f' to {room}' if room > 0 else ''}."
-            )
-        if max(params.stop_token_ids or (), default=0) >= self.vocabulary:
-            raise InvalidRequest(f"stop_token_ids must be below {self.vocabulary}, the size of the vocabulary.")
-        if params.max_tokens == 0 and (params.prompt_logprobs is None or params.n > 1):
-            raise InvalidRequest("max_tokens 0 only scores the prompt: it needs prompt_logprobs, and n = 1.")
-        return room if params.max_tokens is None else params.max_tokens
 
     def request(self, uid: int, index: int = 0) -> Request:
         """A live request."""
@@ -203,33 +206,62 @@ class Engine:
             free_blocks=pool.free,
             preemptions=self.scheduler.preemptions,
             steps=self.steps,
+            prefix_queries=pool.queries,
+            prefix_hits=pool.hits,
         )
 
     def step(self) -> list[Delta]:
         """Run one forward pass; what it added to each request. Empty if there is nothing to do."""
         self.require_alive()
-        plan = self.scheduler.schedule()
-        if not plan:
-            return []
+        deltas = self._expire()
+        if not (plan := self.scheduler.schedule()):
+            return deltas
         try:
             result = self.runner.run(plan)
         except Exception as error:
-            return self._die(error)
+            return deltas + self._die(error)
         self.steps += 1
-        deltas = self._commit(plan, result)
+        deltas += self._commit(plan, result)
         if not self.has_work:
             self.scheduler.pool.check(())
         return deltas
 
+    def flush_cache(self) -> None:
+        """Forget every cached prefix; live requests keep what they hold."""
+        self.scheduler.pool.forget()
+
+    def _expire(self) -> list[Delta]:
+        """End what has waited or run for too long."""
+        now, deltas = time.monotonic(), []
+        for request in list(self._live.values()):
+            age = now - request.arrived
+            for name, applies in (("queue_timeout", request.started is None), ("request_timeout", True)):
+                limit = getattr(self.config, name)
+                if applies and limit is not None and age > limit:
+                    deltas.append(
+                        self._fail(request, FinishReason.ABORT, f"ended after {age:.1f} s; {name} is {limit:g} s.")
+                    )
+                    break
+        return deltas
+
+    def _fail(self, request: Request, reason: FinishReason, message: str) -> Delta:
+        self._forget(request)
+        return Delta(request.uid, request.index, finish_reason=reason, error=message)
+
     def _commit(self, plan: Plan, result: StepResult) -> list[Delta]:
         deltas = []
         for request, message in result.failed.items():
-            self._forget(request)
-            deltas.append(Delta(request.uid, request.index, finish_reason=FinishReason.ERROR, error=message))
+            self.scheduler.pool.forget(request.blocks)  # nobody else may start from what this one left
+            deltas.append(self._fail(request, FinishReason.ERROR, message))
         good = [chunk for chunk in plan if chunk.request not in result.failed]
         ended = self.scheduler.commit(good, result.tokens)
         for chunk in good:
-            delta = self._delta(chunk.request, result, ended.get(chunk.request))
+            try:
+                delta = self._delta(chunk.request, result, ended.get(chunk.request))
+            except Exception as error:  # of the tokenizer: this request's, and nobody else's
+                logger.error("request %d failed", chunk.request.uid, exc_info=error)
+                deltas.append(self._fail(chunk.request, FinishReason.ERROR, f"{type(error).__name__}: {error}"))
+                continue
             if delta.token_ids or delta.prompt_logprobs or delta.finish_reason:
                 deltas.append(delta)
             if delta.finish_reason:
@@ -237,7 +269,8 @@ class Engine:
         return deltas
 
     def _delta(self, request: Request, result: StepResult, reason: FinishReason | None) -> Delta:
-        delta = Delta(request.uid, request.index, finish_reason=reason)
+        delta = Delta(request.uid, request.index, finish_reason=reason, cached_tokens=request.cached)
+        delta.queue_seconds = (request.started or request.arrived) - request.arrived
         delta.prompt_logprobs = result.prompt_logprobs.get(request, [])
         request.scored += len(delta.prompt_logprobs)
         if request not in result.tokens:
@@ -251,7 +284,8 @@ class Engine:
         text = self._texts.get(request)
         if text is None:
             return delta
-        if reason is not FinishReason.STOP or request.params.include_stop_str_in_output:
+        ended_by_token = reason is FinishReason.STOP and token in request.end_tokens
+        if not ended_by_token or request.params.include_stop_str_in_output:
             delta.text = text.feed(token, may_stop=len(request.output) > request.params.min_tokens)
         if text.matched is not None:
             delta.finish_reason, delta.stop_reason = FinishReason.STOP, text.matched
@@ -263,54 +297,4 @@ class Engine:
         logger.error("the forward pass failed; the engine stops", exc_info=error)
         self._dead = error
         message = f"the engine stopped: {type(error).__name__}: {error}"
-        requests = list(self._live.values())
-        for request in requests:
-            self._forget(request)
-        return [Delta(r.uid, r.index, finish_reason=FinishReason.ERROR, error=message) for r in requests]
-
-
-def _load_tokenizer(config: EngineConfig, checkpoint: Checkpoint) -> Any:
-    from transformers import AutoTokenizer
-
-    folder = (
-        locate(config.tokenizer, weights=False, code=config.trust_remote_code)
-        if config.tokenizer
-        else checkpoint.folder
-    )
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    except Exception as error:
-        raise LoadError(
-            f"{folder}: no usable tokenizer ({error}). Name one with --tokenizer-path (tokenizer=...), or work with token "
-            "ids: --skip-tokenizer-init (skip_tokenizer_init=True)."
-        ) from error
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    """The ids after which nothing follows: of the generation configuration, else of the model's, and the tokenizer's."""
-    ends = model.generation_config.eos_token_id
-    if ends is None:
-        ends = model.config.get_text_config().eos_token_id
-    listed = ends if isinstance(ends, list) else [ends]
-    tokens = {*listed, getattr(tokenizer, "eos_token_id", None)}
-    return frozenset(token for token in tokens if token is not None)
-
-
-def _context(config: Any) -> int | None:
-    """The longest sequence the model was made for, if its configuration says."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
-def _limit_by_rope(config: Any, asked: int | None, length: int) -> int:
-    """Models whose rotary factors depend on the longest sequence of a *batch* are served where they do not."""
-    reason = batch_dependent_rope(config)
-    if reason is None:
-        return length
-    text = config.get_text_config()
-    parameters = getattr(text, "rope_parameters", None) or {}
-    limit = parameters.get("original_max_position_embeddings") or text.max_position_embeddings
-    if asked is not None and asked > limit:
-        raise LoadError(
-            f"max_model_len {asked}: {reason}; sequences beyond {limit} tokens are not supported for this model."
-        )
-    return min(length, limit)
+        return [self._fail(request, FinishReason.ERROR, message) for request in list(self._live.values())]

@@ -61,6 +61,10 @@ class LLM:
         """Transformers' tokenizer of the model, ``None`` with ``skip_tokenizer_init``."""
         return self.engine.tokenizer
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the checkpoint's ``generation_config.json`` asks for; :class:`SamplingParams`'s own defaults otherwise."""
+        return SamplingParams(**self.engine.sampling_defaults)
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -115,7 +119,8 @@ class LLM:
     ) -> RequestOutput:
         """Answer a conversation, rendered by the tokenizer's own chat template."""
         tokenizer = self.engine.tokenizer
-        if tokenizer is None or not getattr(tokenizer, "chat_template", None):
+        template = template_options.get("chat_template") or getattr(tokenizer, "chat_template", None)
+        if tokenizer is None or not template:
             raise InvalidRequest("this model has no chat template; use generate with a plain prompt.")
         options = {"add_generation_prompt": True, **template_options, "return_dict": False}
         return self.generate([tokenizer.apply_chat_template(list(messages), **options)], sampling_params)[0]

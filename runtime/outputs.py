@@ -32,13 +32,15 @@ class CompletionOutput:
 
 @dataclass
 class RequestOutput:
-    """One prompt and its samples. ``prompt_logprobs[0]`` is ``None``: nothing comes before the first token."""
+    """One prompt and its samples. ``prompt_logprobs[0]`` is ``None``: nothing comes before the first token. The keys and
+    values of ``cached_tokens`` of its tokens were still there from an earlier request."""
 
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    cached_tokens: int = 0
 
     @property
     def finished(self) -> bool:
@@ -54,6 +56,7 @@ class RequestOutput:
             output.logprobs.append(_logprobs(row, tokenizer))
             output.cumulative_logprob = (output.cumulative_logprob or 0.0) + row.logprob
         if delta.index == 0:
+            self.cached_tokens = delta.cached_tokens or self.cached_tokens
             for row in delta.prompt_logprobs:
                 self.prompt_logprobs = self.prompt_logprobs or [None]
                 self.prompt_logprobs.append(_logprobs(row, tokenizer))

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence, Set
+import time
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from enum import Enum
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from runtime.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from runtime.grammar import Matcher
 
 MAX_SAMPLES = 128
 MAX_STOP_STRINGS = 64
 MAX_LOGPROBS = 1024
+MAX_BIASED_TOKENS = 1024
+
+
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and value == value
 
 
 def _require(condition: bool, message: str) -> None:
@@ -29,7 +41,13 @@ class SamplingParams:
     random numbers of this request independent of what else is being generated. Before ``min_tokens`` an end token does not
     end the answer. ``max_tokens=None`` goes to the end of the
     context; 0 only scores the prompt (with ``prompt_logprobs``). ``logprobs=k`` reports the ``k`` most likely tokens and
-    the chosen one, of the *model's* distribution, before temperature and filters.
+    the chosen one, of the *model's* distribution, before penalties, temperature and filters.
+
+    ``repetition_penalty`` divides (positive) or multiplies (negative) the logits of tokens that stand in prompt or answer;
+    ``presence_penalty`` and ``frequency_penalty`` are subtracted once, or as often as the token stands in the answer.
+    ``logit_bias`` maps token ids to what is added, -100 to 100. ``structured_outputs`` has one of the keys ``json`` (a
+    schema), ``json_object`` (true), ``regex``, ``choice`` (strings) and ``grammar`` (Lark): the answer conforms to it.
+    ``cache_salt`` shares cached prefixes only with requests of the same salt.
 
     Raises :class:`InvalidRequest` naming the field.
     """
@@ -49,6 +67,12 @@ class SamplingParams:
     skip_special_tokens: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    structured_outputs: Mapping[str, Any] | None = None
+    cache_salt: str | None = None
 
     def __post_init__(self) -> None:
         stop = self._items("stop", (str,))
@@ -59,12 +83,9 @@ class SamplingParams:
         for name in ("seed", "max_tokens", "logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 self._integer(name)
-        for name in ("temperature", "top_p", "min_p"):
-            value = getattr(self, name)
-            _require(
-                isinstance(value, Real) and not isinstance(value, bool) and value == value,
-                f"{name} must be a number, not {value!r}",
-            )
+        for name in ("temperature", "top_p", "min_p", *PENALTIES):
+            _require(_is_number(getattr(self, name)), f"{name} must be a number, not {getattr(self, name)!r}")
+        self._check_penalties()
         _require(1 <= self.n <= MAX_SAMPLES, f"n must be 1 to {MAX_SAMPLES}, not {self.n}")
         _require(0 <= self.temperature <= 100, f"temperature must be 0 to 100, not {self.temperature}")
         _require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, not {self.top_p}")
@@ -102,6 +123,24 @@ class SamplingParams:
         _require(value is None or isinstance(value, Sequence | Set), f"{name} must be a list, not {value!r}")
         return tuple(value or ())
 
+    def _check_penalties(self) -> None:
+        _require(
+            0 < self.repetition_penalty <= 100,
+            f"repetition_penalty must be above 0 and at most 100, not {self.repetition_penalty}",
+        )
+        for name in ("presence_penalty", "frequency_penalty"):
+            _require(-2 <= getattr(self, name) <= 2, f"{name} must be -2 to 2, not {getattr(self, name)}")
+        bias = self.logit_bias or {}
+        _require(
+            len(bias) <= MAX_BIASED_TOKENS,
+            f"logit_bias must have at most {MAX_BIASED_TOKENS} tokens, not {len(bias)}",
+        )
+        for token, value in bias.items():
+            _require(
+                isinstance(token, int) and token >= 0 and _is_number(value) and -100 <= value <= 100,
+                f"logit_bias must map token ids to -100 to 100, not {token!r} to {value!r}",
+            )
+
     def _integer(self, name: str) -> None:
         value = getattr(self, name)
         _require(isinstance(value, int) and not isinstance(value, bool), f"{name} must be an integer, not {value!r}")
@@ -109,6 +148,11 @@ class SamplingParams:
     @property
     def stop_strings(self) -> tuple[str, ...]:
         return tuple(self.stop or ())
+
+    @property
+    def biased(self) -> bool:
+        """Whether anything changes the logits before they are compared."""
+        return bool(self.logit_bias or self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
 
     @property
     def greedy(self) -> bool:
@@ -138,7 +182,9 @@ class Request:
     """One sequence on its way through the engine. ``index`` tells the ``n`` samples of one prompt apart.
 
     ``computed`` tokens from the left have their keys and values in ``blocks``; a preempted request starts at 0 again.
-    ``scored`` prompt tokens have had their log-probabilities reported, which a preemption does not take back.
+    ``scored`` prompt tokens have had their log-probabilities reported, which a preemption does not take back. The first
+    ``cached`` tokens were found in the cache on first admission, at the time ``started``. ``chain`` identifies the full
+    blocks in the prefix cache.
     """
 
     uid: int
@@ -152,6 +198,11 @@ class Request:
     computed: int = 0
     scored: int = 0
     blocks: list[int] = field(default_factory=list)
+    chain: list[int] = field(default_factory=list)
+    cached: int = 0
+    arrived: float = field(default_factory=time.monotonic)
+    started: float | None = None
+    matcher: Matcher | None = None
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.output)
@@ -166,6 +217,13 @@ class Request:
     @property
     def scores_prompt(self) -> bool:
         return self.params.prompt_logprobs is not None
+
+    def append(self, token: int) -> FinishReason | None:
+        """Add a sampled token; the reason if it ends the request."""
+        self.output.append(token)
+        if self.matcher is not None and self.matcher.accept(token):
+            return FinishReason.STOP
+        return self.ended_by(token)
 
     def ended_by(self, token: int) -> FinishReason | None:
         """Whether ``token``, already the last of ``output``, ends the request."""
@@ -188,3 +246,13 @@ class Delta:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     error: str | None = None
+    cached_tokens: int = 0
+    queue_seconds: float = 0.0
+
+    def merge(self, later: Delta) -> None:
+        """Add what a later step gave the same request."""
+        self.text += later.text
+        self.token_ids += later.token_ids
+        self.logprobs += later.logprobs
+        self.prompt_logprobs += later.prompt_logprobs
+        self.finish_reason, self.stop_reason, self.error = later.finish_reason, later.stop_reason, later.error

@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from attention.base import AttentionBackend, AttentionBatch, AttentionSpec
 from attention.hf import forward_batch
 from attention.kv_cache import KVCache
+from runtime.grammar import GrammarError
 from runtime.request import Request, TokenLogprob
-from runtime.sampling import logprobs_of, sample
+from runtime.sampling import logprobs_of, penalized, sample
 from runtime.scheduler import Plan
 
 
 @dataclass
 class StepResult:
     """What one forward pass gave: a token and perhaps log-probabilities for each request that reached its end,
-    log-probabilities of prompt tokens, and the requests whose logits were not finite."""
+    log-probabilities of prompt tokens, and the requests that failed by themselves: logits not finite, a grammar stuck."""
 
     tokens: dict[Request, int] = field(default_factory=dict)
     logprobs: dict[Request, TokenLogprob] = field(default_factory=dict)
@@ -95,10 +96,15 @@ class Runner:
         for (request, _, _), good in zip(rows, finite, strict=True):
             if not good:
                 result.failed[request] = "the model's logits are NaN or infinite"
+        allowed = _allowed_tokens([r for r, _, token in rows if token is None], logits.shape[-1], result.failed)
         sampled = [i for i, (r, _, token) in enumerate(rows) if token is None and r not in result.failed]
         if sampled:
             requests = [rows[i][0] for i in sampled]
-            tokens = sample(logits[sampled], requests)
+            scores = penalized(logits[sampled], requests)
+            for row, request in enumerate(requests):
+                if request in allowed:
+                    scores[row].masked_fill_(~allowed[request].to(scores.device), -torch.inf)
+            tokens = sample(scores, requests)
             result.tokens = dict(zip(requests, tokens, strict=True))
             for i, request, token in zip(sampled, requests, tokens, strict=True):
                 if request.params.logprobs is not None:
@@ -109,3 +115,15 @@ class Runner:
             count = request.params.prompt_logprobs or 0
             result.prompt_logprobs[request] = logprobs_of(logits[list(index)], tokens_there, count)
         return result
+
+
+def _allowed_tokens(requests: list[Request], vocabulary: int, failed: dict[Request, str]) -> dict[Request, Tensor]:
+    """What the grammars allow next; requests whose grammar cannot say are added to ``failed``."""
+    allowed: dict[Request, Tensor] = {}
+    for request in requests:
+        if request.matcher is not None and request not in failed:
+            try:
+                allowed[request] = request.matcher.allowed(vocabulary)
+            except GrammarError as error:
+                failed[request] = str(error)
+    return allowed

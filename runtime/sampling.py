@@ -1,6 +1,6 @@
 """From logits to token ids: one batched function, a random generator per request.
 
-Order and meaning of the filters are those of Transformers' logits processors: temperature, then top-k, top-p, min-p,
+Order and meaning are those of Transformers' logits processors: logit bias, penalties, then temperature, top-k, top-p, min-p,
 each on what the one before left. One uniform number per sampled token, drawn from the request's own generator, picks the
 token by inverting the cumulative distribution; so a seed draws the same numbers whatever else is in the batch.
 """
@@ -32,6 +32,28 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> list[int]:
         uniform = torch.tensor([requests[row].generator.random() for row in drawn], dtype=torch.float64)
         tokens[drawn] = invert(probabilities, uniform.to(logits.device))
     return tokens.tolist()
+
+
+def penalized(logits: Tensor, requests: Sequence[Request]) -> Tensor:
+    """Logits with every request's bias and penalties; a copy if there are any."""
+    rows = [row for row, request in enumerate(requests) if request.params.biased]
+    if not rows:
+        return logits
+    logits = logits.clone()
+    for row in rows:
+        request, scores = requests[row], logits[row]
+        params = request.params
+        if params.logit_bias:
+            tokens = torch.tensor(list(params.logit_bias), device=logits.device)
+            scores[tokens] += torch.tensor(list(params.logit_bias.values()), dtype=logits.dtype, device=logits.device)
+        if params.repetition_penalty != 1:
+            tokens = torch.tensor(list({*request.prompt, *request.output}), device=logits.device)
+            seen, penalty = scores[tokens], params.repetition_penalty
+            scores[tokens] = torch.where(seen < 0, seen * penalty, seen / penalty)
+        if request.output and (params.presence_penalty or params.frequency_penalty):
+            tokens, counts = torch.tensor(request.output, device=logits.device).unique(return_counts=True)
+            scores[tokens] -= params.presence_penalty + params.frequency_penalty * counts
+    return logits
 
 
 def filtered_probabilities(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:

@@ -7,6 +7,7 @@ back and is computed again later (its tokens are kept), so the oldest always adv
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -68,18 +69,28 @@ class Scheduler:
         for request in decodes_first:
             if budget and request in self.running and self._reserve(request, budget, plan):
                 budget = self.max_batched_tokens - sum(chunk.size for chunk in plan.values())
+        # Nothing is preempted from here on, so what the plan will compute can already be shared.
+        for chunk in plan.values():
+            self.pool.register(chunk.request, chunk.stop)
         while budget and self.waiting and len(self.running) < self.max_running:
-            if not self._fits(self.waiting[0]):
+            request = self.waiting[0]
+            found = self.pool.match(request)
+            # Room for all of its tokens and one more: with less it would be preempted at once.
+            if self.running and not self.pool.fits(len(request) + 1, found):
                 break
-            request = self.waiting.popleft()
-            self.running.append(request)
+            self.waiting.popleft()
+            self._start(request, found)
             self._reserve(request, budget, plan)
+            self.pool.register(request, plan[request].stop)
             budget -= plan[request].size
         return list(plan.values())
 
-    def _fits(self, request: Request) -> bool:
-        """Room for all of its tokens and one more; an emptier pool would only admit it to be preempted at once."""
-        return self.pool.blocks_for(len(request) + 1) <= self.pool.free or not self.running
+    def _start(self, request: Request, found: list[int]) -> None:
+        self.running.append(request)
+        self.pool.adopt(request, found)
+        if request.started is None:
+            request.started = time.monotonic()
+            request.cached = request.computed
 
     def _reserve(self, request: Request, budget: int, plan: dict[Request, Chunk]) -> bool:
         """Put the next chunk of ``request`` into the plan; the youngest others make room. ``False``: it went itself."""
@@ -107,8 +118,7 @@ class Scheduler:
         for request, _, count in plan:
             request.computed += count
             if request in sampled:
-                request.output.append(sampled[request])
-                reason = request.ended_by(sampled[request])
+                reason = request.append(sampled[request])
             else:
                 reason = FinishReason.LENGTH if request.computed == len(request) else None
             if reason is not None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -31,7 +31,7 @@ AVX512, BF16, AMX = 2, 3, 4
 
 PANEL_ROWS = (8, 64, 64, 96)
 """By path: more rows than this go by panels; measured at 4096 x 4096."""
-PANEL_ROWS_PER_GROUP = 6
+PANEL_ROWS_PER_INPUT = 6
 """With AMX, bfloat16 x goes by panels beyond this many rows for every input of a group: small groups cost more there."""
 PANEL_BYTES = 2 << 20
 THREAD_WEIGHTS = 1 << 18
@@ -52,6 +52,29 @@ class _Job(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("outputs", "inputs", "group", "padded")),
         ("work", ctypes.c_int64 * 4),
     ]
+
+
+@dataclass(frozen=True)
+class CpuWeight(QuantWeight):
+    """A prepared weight, with what the C has to know of it gathered once."""
+
+    @cached_property
+    def job(self) -> _Job:
+        group = min(self.scheme.group, self.shape.in_features)
+        return _Job(
+            q=self.q.data_ptr(),
+            scale=self.scale.data_ptr(),
+            zero=None if self.zero is None else self.zero.data_ptr(),
+            order=None if self.order is None else self.order.data_ptr(),
+            scale_type=TYPES[self.scale.dtype],
+            outputs=self.shape.out_features,
+            inputs=self.shape.in_features,
+            group=group,
+            padded=_padded(group),
+        )
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in vars(self).items() if name != "job"}  # addresses are not to be copied
 
 
 @cache
@@ -102,7 +125,8 @@ class CpuKernel(LinearKernel):
 
     def prepare(self, weight: QuantWeight) -> QuantWeight:
         outputs, inputs = weight.shape.out_features, weight.shape.in_features
-        group, padded = _group(weight)
+        group = min(weight.scheme.group, inputs)
+        padded = _padded(group)
         groups, tiles = -(-inputs // group), -(-outputs // TILE)
         rows = tiles * TILE - outputs
         centre = 8 - 2 ** (weight.scheme.kind.bits - 1)  # moves codes of 2 and 3 bits to the middle of 4
@@ -123,72 +147,70 @@ class CpuKernel(LinearKernel):
             return F.pad(rows_of_scales, (0, 0, 0, rows)).view(tiles, TILE, groups).transpose(1, 2).contiguous()
 
         zero = None if weight.zero is None else tiled(weight.zero + centre)
-        return replace(weight, q=_in_huge_pages(words), scale=tiled(weight.scale), zero=zero, layout="cpu-int4")
+        scale, q = tiled(weight.scale), _in_huge_pages(words)
+        return CpuWeight(weight.scheme, weight.shape, q, scale, zero, weight.order, layout="cpu-int4")
 
     def apply(self, x: Tensor, weight: QuantWeight, bias: Tensor | None) -> Tensor:
-        shape = weight.shape
-        if x.device.type != "cpu" or x.dtype not in TYPES or x.shape[-1] != shape.in_features:
-            raise ValueError(f"x is {x.dtype} {list(x.shape)} on {x.device}, the weight is {shape} on a CPU")
-        rows = x.detach().reshape(-1, shape.in_features)
-        y = self._by_panels(rows, weight, bias) if self._many(rows, weight) else self._directly(rows, weight, bias)
-        return y.view(*x.shape[:-1], shape.out_features).to(x.dtype)
+        assert isinstance(weight, CpuWeight), weight.layout
+        if x.device.type != "cpu" or x.dtype not in TYPES or x.shape[-1] != weight.shape.in_features:
+            raise ValueError(f"x is {x.dtype} {list(x.shape)} on {x.device}, the weight is {weight.shape} on a CPU")
+        path = self._path_for(x, weight)
+        y = self._by_panels(x, weight, bias) if path is None else self._directly(path, x, weight, bias)
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
-    def _path_for(self, rows: Tensor, weight: QuantWeight) -> int:
-        if self._path < AMX:
-            return min(self._path, BF16 if rows.dtype == torch.bfloat16 else AVX512)
-        return AMX if len(rows) > 1 and _group(weight)[0] % 32 == 0 else AVX512  # where AMX is, BF16 is the slower one
+    def _path_for(self, x: Tensor, weight: CpuWeight) -> int | None:
+        """Index of the path that multiplies so many rows soonest; ``None``: torch does, by panels."""
+        rows, bf16 = x.numel() // weight.job.inputs, x.dtype == torch.bfloat16
+        if self._path == AMX and rows > 1 and weight.job.group % 32 == 0:
+            return None if bf16 and rows > PANEL_ROWS_PER_INPUT * weight.job.group else AMX
+        path = BF16 if bf16 and self._path == BF16 else min(self._path, AVX512)  # where AMX is, BF16 is the slower one
+        return path if rows <= PANEL_ROWS[path] else None
 
-    def _many(self, rows: Tensor, weight: QuantWeight) -> bool:
-        """Whether torch multiplies by panels sooner than we do by codes."""
-        path = self._path_for(rows, weight)
-        if path < AMX:
-            return len(rows) > PANEL_ROWS[path]
-        return rows.dtype == torch.bfloat16 and len(rows) > PANEL_ROWS_PER_GROUP * _group(weight)[0]
-
-    def _directly(self, rows: Tensor, weight: QuantWeight, bias: Tensor | None) -> Tensor:
-        path, pieces = self._path_for(rows, weight), PIECES[rows.dtype]
-        rows, bias = _as(torch.bfloat16 if rows.dtype == torch.bfloat16 else torch.float32, rows, bias)
-        outputs, inputs = weight.shape.out_features, weight.shape.in_features
-        y = rows.new_empty(len(rows), outputs)
-        job = _job(weight, y, outputs=outputs, x=rows.data_ptr(), rows=len(rows), pieces=pieces)
+    def _directly(self, path: int, x: Tensor, weight: CpuWeight, bias: Tensor | None) -> Tensor:
+        job = _Job.from_buffer_copy(weight.job)
+        job.pieces, dtype = PIECES[x.dtype], torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+        y = torch.empty(*x.shape[:-1], job.outputs, dtype=dtype)
+        x, bias = _as(dtype, x), None if bias is None else _as(dtype, bias)
+        job.x, job.y, job.type, job.rows = x.data_ptr(), y.data_ptr(), TYPES[dtype], x.numel() // job.inputs
         job.bias = None if bias is None else bias.data_ptr()
-        if len(rows) and self._native.linear(path, _threads(inputs * outputs), ctypes.byref(job)):
-            raise MemoryError(f"no memory to multiply {list(rows.shape)} by {weight.shape}")
+        if job.rows and self._native.linear(path, _threads(job.inputs * job.outputs), ctypes.byref(job)):
+            raise MemoryError(f"no memory to multiply {list(x.shape)} by {weight.shape}")
         return y
 
-    def _by_panels(self, rows: Tensor, weight: QuantWeight, bias: Tensor | None) -> Tensor:
-        fast = rows.dtype == torch.bfloat16 and self._path >= BF16  # elsewhere torch is slow in bfloat16
-        rows, bias = _as(torch.bfloat16 if fast else torch.float32, rows, bias)
+    def _by_panels(self, x: Tensor, weight: CpuWeight, bias: Tensor | None) -> Tensor:
+        fast = x.dtype == torch.bfloat16 and self._path >= BF16  # elsewhere torch is slow in bfloat16
+        dtype = torch.bfloat16 if fast else torch.float32
         outputs, inputs = weight.shape.out_features, weight.shape.in_features
-        y = rows.new_empty(len(rows), outputs)
-        width = max(1, PANEL_BYTES // (inputs * rows.itemsize * TILE)) * TILE
-        memory = rows.new_empty(inputs * width)
+        y = torch.empty(*x.shape[:-1], outputs, dtype=dtype)
+        x, bias = _as(dtype, x.detach()), None if bias is None else _as(dtype, bias.detach())
+        width = max(1, PANEL_BYTES // (inputs * dtype.itemsize * TILE)) * TILE
+        memory = torch.empty(inputs * width, dtype=dtype)
+        job = _Job.from_buffer_copy(weight.job)
+        job.y, job.type = memory.data_ptr(), TYPES[dtype]
         for first in range(0, outputs, width):
-            here = slice(first, min(first + width, outputs))
-            columns = -(-(here.stop - first) // TILE) * TILE
-            panel = memory[: inputs * columns].view(inputs, columns)
-            job = _job(weight, panel, first // TILE, outputs=columns)
-            self._native.dequantize(self._path, _threads(inputs * columns), ctypes.byref(job))
-            panel = panel[:, : here.stop - first]
+            here, tile = slice(first, min(first + width, outputs)), first // TILE
+            job.outputs = -(-(here.stop - first) // TILE) * TILE
+            job.q, job.scale = weight.q[tile].data_ptr(), weight.scale[tile].data_ptr()
+            job.zero = None if weight.zero is None else weight.zero[tile].data_ptr()
+            self._native.dequantize(self._path, _threads(inputs * job.outputs), ctypes.byref(job))
+            panel = memory[: inputs * job.outputs].view(inputs, job.outputs)[:, : here.stop - first]
             if bias is None:
-                torch.mm(rows, panel, out=y[:, here])
+                torch.mm(x.view(-1, inputs), panel, out=y.view(-1, outputs)[:, here])
             else:
-                torch.addmm(bias[here], rows, panel, out=y[:, here])
+                torch.addmm(bias[here], x.view(-1, inputs), panel, out=y.view(-1, outputs)[:, here])
         return y
 
 
-def _as(dtype: torch.dtype, rows: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    return rows.to(dtype).contiguous(), None if bias is None else bias.detach().to(dtype).contiguous()
+def _padded(group: int) -> int:
+    return -(-group // 8) * 8
 
 
-def _group(weight: QuantWeight) -> tuple[int, int]:
-    """Inputs in a group, and the same rounded up to whole words."""
-    group = min(weight.scheme.group, weight.shape.in_features)
-    return group, -(-group // 8) * 8
+def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    return (tensor if tensor.dtype == dtype else tensor.to(dtype)).contiguous()
 
 
 def _in_huge_pages(tensor: Tensor) -> Tensor:
-    """A contiguous copy that takes less time to find in memory: a tenth of all at one row."""
+    """A contiguous copy in pages that are found sooner: a tenth of the time of a product with one row."""
     memory = mmap.mmap(-1, tensor.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
@@ -197,25 +219,3 @@ def _in_huge_pages(tensor: Tensor) -> Tensor:
 
 def _threads(weights: int) -> int:
     return min(torch.get_num_threads(), 1 + weights // THREAD_WEIGHTS)
-
-
-def _job(weight: QuantWeight, y: Tensor, first_tile: int = 0, **fields: int) -> _Job:
-    """What the C needs to know to make ``y`` from the tiles of ``weight`` from the first one on."""
-
-    def tiles(tensor: Tensor) -> int:
-        return tensor.data_ptr() + first_tile * tensor.stride(0) * tensor.itemsize
-
-    group, padded = _group(weight)
-    return _Job(
-        q=tiles(weight.q),
-        scale=tiles(weight.scale),
-        zero=None if weight.zero is None else tiles(weight.zero),
-        order=None if weight.order is None else weight.order.data_ptr(),
-        y=y.data_ptr(),
-        type=TYPES[y.dtype],
-        scale_type=TYPES[weight.scale.dtype],
-        inputs=weight.shape.in_features,
-        group=group,
-        padded=padded,
-        **fields,
-    )

@@ -95,12 +95,12 @@ INLINE void load_scales(const Job *job, int64_t tile, int64_t group, float *scal
 }
 
 // `count` values of a row of x from position `at` of a group, zeros where there is padding. Returns their sum.
-INLINE float load_x(const Job *job, int64_t row, int64_t group, int64_t at, const int count, float *values) {
+INLINE float load_x(const Job *job, int64_t row, int64_t group, int64_t at, int count, float *values) {
     int64_t first = group * job->group + at;
     int64_t present = row < job->rows ? min(count, min(job->group - at, job->inputs - first)) : 0;
     const float *full = (const float *)job->x + row * job->inputs;
     const uint16_t *half = (const uint16_t *)job->x + row * job->inputs;
-    for (int i = 0; i < count; i++) values[i] = 0;
+    if (present < count) memset(values, 0, count * 4);
     if (job->order)
         for (int i = 0; i < present; i++) {
             int32_t k = job->order[first + i];
@@ -206,14 +206,16 @@ enum { AMX_TILE = LANES * 32 };
 AMX static void pack_amx(const Job *job, int64_t block, int64_t group) {
     uint16_t *to = (uint16_t *)job->packed + (block * job->groups + group) * job->padded * LANES * job->pieces;
     for (int r = 0; r < LANES; r++) {
-        float sum = 0, values[32];
-        for (int64_t at = 0; at < job->padded; at += 32) {
-            sum += load_x(job, block * LANES + r, group, at, 32, values);
-            for (int piece = 0; piece < job->pieces; piece++) {
-                uint16_t *tile = to + (at / 32 * job->pieces + piece) * AMX_TILE + r * 32;
+        float sum = 0, values[SLAB];
+        for (int64_t at = 0; at < job->padded; at += SLAB) {
+            int count = (int)min(SLAB, job->padded - at);
+            sum += load_x(job, block * LANES + r, group, at, count, values);
+            for (int step = 0; step < count / 32 * job->pieces; step++) {
+                uint16_t *tile = to + (at / 32 * job->pieces + step) * AMX_TILE + r * 32;
+                float *rest = values + step / job->pieces * 32;
                 for (int i = 0; i < 32; i++) {
-                    tile[i] = as_bits(values[i]) >> 16;
-                    values[i] -= from_bf16(tile[i]);
+                    tile[i] = as_bits(rest[i]) >> 16;
+                    rest[i] -= from_bf16(tile[i]);
                 }
             }
         }

@@ -14,10 +14,11 @@ TARGET static void NAME(pack)(const Job *job, int64_t block, int64_t group) {
     int rows = block_rows(job, block);
     Element *to = (Element *)job->packed + (block * ROWS * job->groups + group * rows) * job->padded / CODES;
     for (int r = 0; r < rows; r++) {
-        float sum = 0, values[8];
-        for (int64_t at = 0; at < job->padded; at += 8) {
-            sum += load_x(job, block * ROWS + r, group, at, 8, values);
-            for (int i = 0; i < 8; i += CODES) to[(at + i) / CODES * rows + r] = PACK(values + i);
+        float sum = 0, values[SLAB];
+        for (int64_t at = 0; at < job->padded; at += SLAB) {
+            int count = (int)min(SLAB, job->padded - at);
+            sum += load_x(job, block * ROWS + r, group, at, count, values);
+            for (int i = 0; i < count; i += CODES) to[(at + i) / CODES * rows + r] = PACK(values + i);
         }
         job->sums[group * job->row_limit + block * ROWS + r] = sum;
     }

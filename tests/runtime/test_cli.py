@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from runtime.cli import main, read_prompts
+from runtime.cli import build_parser, main, read_prompts
 from runtime.errors import InvalidRequest
+from runtime.options import with_config_file
 
 
 def relinear(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -138,3 +139,84 @@ def test_help_is_quick_and_complete() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     for flag in ("--max-new-tokens", "--temperature", "--top-p", "--top-k", "--min-p", "--seed", "--stop", "--json"):
         assert flag in done.stdout
+
+
+def test_a_configuration_file_gives_flags_and_the_command_line_wins(tmp_path: Path) -> None:
+    file = tmp_path / "server.yaml"
+    file.write_text(
+        "model-path: demo\nport: 1\nmax_queued_requests: 7\ndisable-radix-cache: true\nallowed-hosts: [a, b]\n"
+    )
+    parser = build_parser()
+    arguments = parser.parse_args(with_config_file(["serve", "--config", str(file), "--port", "2"], parser))
+    assert (arguments.model_path, arguments.port, arguments.max_queued_requests) == ("demo", 2, 7)
+    assert (arguments.enable_prefix_caching, arguments.allowed_hosts) == (False, ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("prot: 1", "'prot' is not a flag of serve. Did you mean port"),
+        ("trust-remote-code: 3", "takes true or false, not 3"),
+        ("port: true", "takes a value, not True"),
+        ("- a", "must map flags to values, not be list"),
+        ("{", "config"),
+        ("config: x", "'config' is not a flag"),
+    ],
+)
+def test_a_bad_configuration_file_says_what_is_wrong(
+    tmp_path: Path, content: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "server.yaml"
+    file.write_text(content)
+    assert main(["serve", "--config", str(file)]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "exactly one model is needed"),
+        (("demo", "--model-path", "demo-bf16"), "exactly one model is needed"),
+        (("demo", "--api-key", ""), "--api-key is empty"),
+        (("demo", "--api-key-file", "/nonexistent"), "--api-key-file"),
+        (("demo", "--chat-template", "/nonexistent"), "--chat-template"),
+        (("demo", "--queue-timeout", "-1"), "queue_timeout must be a positive number"),
+        (("demo", "--port", "99999"), "Choose another port"),
+    ],
+)
+def test_a_server_that_cannot_start_says_why_at_once(
+    flags: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", *flags]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_env_names_what_matters(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n{name} " in shown for name in ("cpu", "memory", "torch", "transformers"))
+
+
+def test_benchmarks_of_the_engine_append_json_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "results.jsonl"
+    common = ["--model-path", "demo", "--output-file", str(file)]
+    load = ["--num-prompts", "3", "--random-input-len", "8", "--random-output-len", "4", "--random-range-ratio", "0.5"]
+    assert main(["bench", "offline-throughput", *common, *load]) == 0
+    assert main(["bench", "one-batch", *common, "--batch-size", "2", "--input-len", "8", "--output-len", "3"]) == 0
+    first, second = map(json.loads, file.read_text().splitlines())
+    assert first["completed"] == 3
+    assert first["output_throughput"] > 0
+    assert second["median_decode_step_ms"] > 0
+    assert main(["bench", "serving", "--base-url", "http://127.0.0.1:1", *load]) == 1
+    assert "no request was answered" in capsys.readouterr().err
+
+
+def test_a_conversation_is_remembered(tmp_path: Path) -> None:
+    template = tmp_path / "template"
+    template.write_text("{% for message in messages %}{{ message.content }}\n{% endfor %}")
+    flags = ("--chat-template", str(template), "--max-new-tokens", "3", "--temperature", "0", "--quiet")
+    done = relinear("chat", "--model-path", "demo", *flags, stdin="import os\nimport re\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") >= 2
+    refused = relinear("chat", "--model-path", "demo", "--quiet", stdin="x\n")
+    assert "no chat template: use generate, or give --chat-template" in refused.stderr

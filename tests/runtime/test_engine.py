@@ -64,6 +64,25 @@ def test_greedy_tokens_are_those_of_each_sequence_alone(checkpoint: tuple[str, l
     assert (stats.preemptions >= 5) == load.startswith("few-blocks"), stats
 
 
+@pytest.mark.parametrize("budget", [2048, 7])
+def test_greedy_tokens_are_the_same_from_cached_prefixes(checkpoint: tuple[str, list[list[int]]], budget: int) -> None:
+    """Every prompt twice at once, with itself continued, and once more when all of it has been cached."""
+    folder, expected = checkpoint
+    llm = LLM(folder, dtype="float32", skip_tokenizer_init=True, block_size=4, max_num_batched_tokens=budget)
+    params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, n=2)
+    for _ in range(2):
+        for output, tokens in zip(llm.generate(PROMPTS, params), expected, strict=True):
+            assert [sample.token_ids for sample in output.outputs] == [tokens, tokens]
+    continued = [prompt + tokens[:9] for prompt, tokens in zip(PROMPTS, expected, strict=True)]
+    rest = SamplingParams(temperature=0, max_tokens=NEW_TOKENS - 9, ignore_eos=True)
+    outputs = llm.generate(continued, rest)
+    assert [output.outputs[0].token_ids for output in outputs] == [tokens[9:] for tokens in expected]
+    assert [output.cached_tokens for output in outputs] == [(len(prompt) - 1) // 4 * 4 for prompt in continued]
+    stats = llm.engine.stats()
+    assert stats.prefix_hits >= stats.prefix_queries / 2
+    assert stats.free_blocks == stats.blocks
+
+
 BUNDLED_LOADS: dict[str, dict[str, Any]] = {
     "ample": {},
     "budget-7": {"max_num_batched_tokens": 7},

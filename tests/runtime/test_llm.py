@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from attention.kv_dtypes import DTYPES
-from runtime import LLM, EngineDead, InvalidRequest, LoadError, SamplingParams
+from runtime import LLM, EngineDead, InvalidRequest, LoadError, Overloaded, SamplingParams
+from runtime.detokenize import Detokenizer
 from runtime.runner import Runner, StepResult
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
@@ -314,6 +315,43 @@ def test_logits_that_are_not_finite_end_that_request_alone(llm: LLM, monkeypatch
     assert bad.outputs[0].finish_reason == "error"
     assert "NaN" in (bad.outputs[0].error or "")
     assert good.outputs[0].token_ids == expected
+
+
+def test_a_form_is_kept_and_a_bad_one_refused(llm: LLM) -> None:
+    form = SamplingParams(n=2, seed=1, max_tokens=20, structured_outputs={"regex": "[0-9]{2}:[0-9]{2}"})
+    for sample in llm.generate(PROMPTS[3], form)[0].outputs:
+        assert len(sample.text) == 5
+        assert sample.text[2] == ":"
+        assert sample.finish_reason == "stop"
+    for bad in ({}, {"regex": "["}, {"regex": "a", "choice": ["b"]}, {"yaml": "x"}):
+        with pytest.raises(InvalidRequest, match="structured_outputs"):
+            llm.generate(PROMPTS[0], SamplingParams(structured_outputs=bad))
+
+
+def test_an_exception_of_the_tokenizer_ends_that_request_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = llm.generate(PROMPTS[1], GREEDY)[0].outputs[0].token_ids
+    real, fed = Detokenizer.feed, []
+
+    def fails_once(self: Detokenizer, token: int, **options: bool) -> str:
+        fed.append(token)
+        if len(fed) == 5:
+            raise RuntimeError("unreadable")
+        return real(self, token, **options)
+
+    monkeypatch.setattr(Detokenizer, "feed", fails_once)
+    outputs = llm.generate(PROMPTS[:2], GREEDY)
+    assert outputs[0].outputs[0].error == "RuntimeError: unreadable"
+    assert outputs[1].outputs[0].token_ids == expected
+
+
+def test_a_full_queue_and_a_long_wait() -> None:
+    llm = LLM("demo", max_num_seqs=1, max_queued_requests=2, queue_timeout=0.05, startup_check=False)
+    with pytest.raises(Overloaded, match="3 requests run or wait and 1 more"):
+        llm.generate([PROMPTS[0]] * 4, GREEDY)
+    assert not llm.engine.has_work
+    outputs = llm.generate(PROMPTS[:2], SamplingParams(temperature=0, max_tokens=200, ignore_eos=True))
+    assert [output.outputs[0].finish_reason for output in outputs] == ["length", "abort"]
+    assert "queue_timeout is 0.05 s" in (outputs[1].outputs[0].error or "")
 
 
 def test_abort_in_every_state(llm: LLM) -> None:

@@ -21,6 +21,8 @@ from runtime.request import FinishReason, Request, SamplingParams
         ("stop", [""]), ("stop", [1]), ("stop", ["x"] * 10_000), ("stop_token_ids", ["a"]),
         ("stop_token_ids", 5), ("stop_token_ids", [-1]), ("stop", 5),
         ("logprobs", -1), ("logprobs", 10**6), ("prompt_logprobs", -1),
+        ("repetition_penalty", 0), ("presence_penalty", 2.5), ("frequency_penalty", float("nan")),
+        ("logit_bias", {5: 101}), ("logit_bias", {-1: 1}), ("logit_bias", dict.fromkeys(range(100000), 1)),
     ],
 )  # fmt: skip
 def test_bad_values_are_named(field: str, value: Any) -> None:

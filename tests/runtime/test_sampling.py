@@ -10,13 +10,15 @@ import torch
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
 from runtime.request import Request, SamplingParams
-from runtime.sampling import filtered_probabilities, generator_for, invert, logprobs_of, sample
+from runtime.sampling import filtered_probabilities, generator_for, invert, logprobs_of, penalized, sample
 
 CASES: list[dict[str, Any]] = [
     {},
@@ -107,3 +109,27 @@ def test_logprobs_are_of_the_model_and_ranked() -> None:
     assert rows[0].rank == int((reference[0] > reference[0, 7]).sum()) + 1
     assert rows[1].rank == 1
     assert [token for token, _ in rows[0].top] == reference[0].topk(3).indices.tolist()
+
+
+def test_bias_and_penalties_are_those_of_transformers_in_a_mixed_batch() -> None:
+    """Transformers has no presence or frequency penalty; their definition is OpenAI's."""
+    logits = torch.randn(4, 50)
+    before = logits.clone()
+    requests = [
+        request_with(None),
+        request_with(None, repetition_penalty=1.3, logit_bias={3: -7.5, 4: 100.0}),
+        request_with(None, presence_penalty=0.5, frequency_penalty=0.25),
+        request_with(None, repetition_penalty=0.5),
+    ]
+    for request in requests:
+        request.prompt, request.output = [5, 6, 7], [7, 8, 8, 9]
+    ours = penalized(logits, requests)
+    ids = torch.tensor([[5, 6, 7, 7, 8, 8, 9]])
+    biased = SequenceBiasLogitsProcessor([[[3], -7.5], [[4], 100.0]])(ids, logits[1:2])
+    expected = logits.clone()
+    expected[1] = RepetitionPenaltyLogitsProcessor(1.3)(ids, biased)[0]
+    expected[2, [7, 9]] -= 0.75
+    expected[2, 8] -= 1.0
+    expected[3] = RepetitionPenaltyLogitsProcessor(0.5)(ids, logits[3:4].clone())[0]
+    torch.testing.assert_close(ours, expected)
+    assert torch.equal(logits, before), "log-probabilities are of the model's own logits"

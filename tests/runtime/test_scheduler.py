@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from runtime.request import FinishReason, Request, SamplingParams
 from runtime.scheduler import SCORED_ROWS, Scheduler
 
 
-def make_request(uid: int, prompt: int, new: int, **params: int) -> Request:
+def make_request(uid: int, prompt: int, new: int, **params: Any) -> Request:
     settings = SamplingParams(max_tokens=new, **params)
     return Request(uid, 0, list(range(prompt)), settings, new, random.Random(0))
 
@@ -73,7 +74,7 @@ def test_first_come_first_served() -> None:
 
 def test_preempted_tokens_are_kept_and_computed_again() -> None:
     scheduler = Scheduler(BlockPool(4, 4), 16, max_running=2)
-    old, young = make_request(0, 6, 8), make_request(1, 6, 8)
+    old, young = make_request(0, 6, 8, cache_salt="a"), make_request(1, 6, 8, cache_salt="b")
     scheduler.add(old)
     scheduler.add(young)
     while scheduler.preemptions == 0:
@@ -115,6 +116,63 @@ def test_the_integrity_check_sees_a_leak_and_a_shared_block() -> None:
     other.blocks = list(leaking.blocks)
     with pytest.raises(AssertionError, match="leaked or shared"):
         pool.check((leaking, other))
+
+
+def finished(pool: BlockPool, request: Request) -> Request:
+    """``request`` after it has held, filled and given back its blocks."""
+    pool.adopt(request, pool.match(request))
+    assert pool.grow(request, len(request))
+    pool.register(request, len(request))
+    pool.release(request)
+    return request
+
+
+def test_a_full_prefix_is_found_again_and_one_token_is_left() -> None:
+    pool = BlockPool(10, 4)
+    finished(pool, make_request(0, 12, 1))
+    assert [len(pool.match(make_request(1, length, 1))) for length in (4, 5, 12, 13, 40)] == [0, 1, 2, 3, 3]
+    pool.check(())
+
+
+def test_a_prefix_is_found_only_with_the_same_tokens_before_it_and_the_same_salt() -> None:
+    pool = BlockPool(10, 4)
+    finished(pool, make_request(0, 12, 1))
+    other = make_request(1, 12, 1)
+    other.prompt[1] = 99
+    assert pool.match(other) == [], "the second block is equal, what stands before it is not"
+    assert pool.match(make_request(2, 12, 1, cache_salt="tenant")) == []
+    assert pool.match(make_request(3, 12, 1, prompt_logprobs=0)) == [], "every position has to be computed"
+
+
+def test_the_end_of_the_least_recently_used_prefix_goes_first() -> None:
+    pool = BlockPool(6, 4)
+    finished(pool, make_request(0, 12, 1, cache_salt="old"))
+    finished(pool, make_request(1, 12, 1, cache_salt="new"))
+    growing = make_request(2, 8, 1, cache_salt="third")
+    assert pool.grow(growing, 8)
+    assert len(pool.match(make_request(3, 13, 1, cache_salt="old"))) == 1
+    assert len(pool.match(make_request(4, 13, 1, cache_salt="new"))) == 3
+    pool.check((growing,))
+
+
+def test_samples_share_the_blocks_of_their_prompt_in_the_very_first_step() -> None:
+    scheduler = Scheduler(BlockPool(100, 4), 2048, max_running=8)
+    for index in range(4):
+        request = make_request(0, 41, 8)
+        request.index = index
+        scheduler.add(request)
+    assert [chunk.size for chunk in scheduler.schedule()] == [41, 1, 1, 1]
+    assert scheduler.pool.count - scheduler.pool.free == 10 + 4
+    scheduler.pool.check(scheduler.live())
+
+
+def test_forgotten_blocks_are_not_found_and_not_lost() -> None:
+    pool = BlockPool(4, 4)
+    request = finished(pool, make_request(0, 12, 1))
+    pool.forget()
+    assert pool.match(request) == []
+    pool.check(())
+    assert pool.free == 4
 
 
 def test_growing_beyond_the_pool_changes_nothing() -> None:

@@ -1,0 +1,178 @@
+"""``relinear bench``: SGLang's three questions about speed, with SGLang's flags. One JSON line a run.
+
+serving              over HTTP, as clients meet it: any server with /generate or /v1/completions
+offline-throughput   the engine and its scheduler, without HTTP
+one-batch            one static batch: the time of its prompts, then of its decoding steps
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from runtime.bench_client import Answer, run_load
+from runtime.errors import Error
+from runtime.options import ENGINE, LOADING, Parser, engine_options, loading_options, pick
+
+
+def add_parsers(parser: Parser) -> None:
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    serving = kinds.add_parser("serving", help="a running server, over HTTP")
+    serving.set_defaults(run=bench_serving)
+    serving.add_argument("--backend", choices=("sglang", "vllm"), default="sglang", help="/generate or /v1/completions")
+    serving.add_argument("--base-url", default="http://127.0.0.1:30000", metavar="URL")
+    serving.add_argument("--model", metavar="NAME", help="for /v1/completions, if the server asks for it")
+    serving.add_argument("--api-key", metavar="KEY")
+    serving.add_argument("--request-rate", type=float, default=float("inf"), metavar="R", help="a second; default: all")
+    serving.add_argument("--max-concurrency", type=int, default=8, metavar="N")
+    offline = kinds.add_parser("offline-throughput", help="the engine, without HTTP")
+    offline.set_defaults(run=bench_offline)
+    for kind in (serving, offline):
+        kind.add_argument("--num-prompts", type=int, default=40, metavar="N")
+        kind.add_argument("--random-input-len", type=int, default=64, metavar="N")
+        kind.add_argument("--random-output-len", type=int, default=64, metavar="N")
+        kind.add_argument("--random-range-ratio", type=float, default=1.0, metavar="R", help="shortest to longest")
+    batch = kinds.add_parser("one-batch", help="one static batch")
+    batch.set_defaults(run=bench_one_batch)
+    batch.add_argument("--batch-size", type=int, default=8, metavar="N")
+    batch.add_argument("--input-len", type=int, default=64, metavar="N")
+    batch.add_argument("--output-len", type=int, default=64, metavar="N")
+    for kind in (offline, batch):
+        kind.add_argument("--model-path", "--model", required=True, metavar="M")
+        loading_options(kind)
+        engine_options(kind)
+    for kind in (serving, offline, batch):
+        kind.add_argument("--seed", type=int, default=1, metavar="S")
+        kind.add_argument("--output-file", metavar="FILE", help="append the result as a JSON line")
+
+
+def bench_serving(arguments: argparse.Namespace) -> int:
+    load = random_load(arguments, vocabulary=1000)
+    answers, seconds = run_load(
+        load,
+        arguments.base_url,
+        arguments.backend,
+        model=arguments.model,
+        api_key=arguments.api_key,
+        rate=arguments.request_rate,
+        concurrency=arguments.max_concurrency,
+        seed=arguments.seed,
+    )
+    good = [answer for answer in answers if answer.error is None]
+    if not good:
+        raise Error(f"no request was answered by {arguments.base_url}: {answers[0].error}")
+    result = {"backend": arguments.backend, "max_concurrency": arguments.max_concurrency}
+    return _finish(arguments, "serving", result | serving_summary(answers, seconds))
+
+
+def serving_summary(answers: Sequence[Answer], seconds: float) -> dict[str, Any]:
+    """Counts, throughput and percentiles of latencies in milliseconds."""
+    good = [answer for answer in answers if answer.error is None]
+    gaps = [gap for answer in good for gap in answer.gaps]
+    return {
+        "completed": len(good),
+        "failed": len(answers) - len(good),
+        "duration_s": seconds,
+        "request_throughput": len(good) / seconds,
+        "output_throughput": sum(answer.tokens for answer in good) / seconds,
+        **_percentiles("ttft_ms", [answer.first for answer in good]),
+        **_percentiles("itl_ms", gaps),
+        **_percentiles("e2e_ms", [answer.seconds for answer in good]),
+    }
+
+
+def bench_offline(arguments: argparse.Namespace) -> int:
+    from runtime.request import SamplingParams
+
+    llm = _load(arguments)
+    load = random_load(arguments, llm.engine.vocabulary)
+    params = [SamplingParams(temperature=0, max_tokens=new, ignore_eos=True) for _, new in load]
+    started = time.perf_counter()
+    outputs = llm.generate([prompt for prompt, _ in load], params, use_tqdm=sys.stderr.isatty())
+    seconds = time.perf_counter() - started
+    tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+    result = {
+        "completed": len(outputs),
+        "duration_s": seconds,
+        "request_throughput": len(outputs) / seconds,
+        "output_throughput": tokens / seconds,
+        "total_throughput": (tokens + sum(len(prompt) for prompt, _ in load)) / seconds,
+    }
+    return _finish(arguments, "offline-throughput", result)
+
+
+def bench_one_batch(arguments: argparse.Namespace) -> int:
+    from runtime.request import SamplingParams
+
+    llm = _load(arguments)
+    engine, count = llm.engine, arguments.batch_size
+    chance = random.Random(arguments.seed)
+    params = SamplingParams(temperature=0, max_tokens=arguments.output_len, ignore_eos=True)
+    for _ in range(count):
+        engine.add([chance.randrange(engine.vocabulary) for _ in range(arguments.input_len)], params)
+    started, begun, steps = time.perf_counter(), 0, []
+    while begun < count and engine.has_work:
+        begun += sum(bool(delta.token_ids) for delta in engine.step())
+    prefill = time.perf_counter() - started
+    while engine.has_work:
+        before = time.perf_counter()
+        engine.step()
+        steps.append(time.perf_counter() - before)
+    median = statistics.median(steps) if steps else 0.0
+    result = {
+        "batch_size": count,
+        "input_len": arguments.input_len,
+        "output_len": arguments.output_len,
+        "prefill_s": prefill,
+        "prefill_throughput": count * arguments.input_len / prefill,
+        "median_decode_step_ms": 1000 * median,
+        "decode_throughput": count / median if median else None,
+    }
+    return _finish(arguments, "one-batch", result)
+
+
+def random_load(arguments: argparse.Namespace, vocabulary: int) -> list[tuple[list[int], int]]:
+    """Prompts of random token ids, and how many tokens to generate after each."""
+    chance = random.Random(arguments.seed)
+    ratio = arguments.random_range_ratio
+    if not 0 < ratio <= 1:
+        raise Error(f"--random-range-ratio must be above 0 and at most 1, not {ratio}.")
+
+    def length(longest: int) -> int:
+        return chance.randint(max(1, int(longest * ratio)), longest)
+
+    return [
+        ([chance.randrange(vocabulary) for _ in range(length(arguments.random_input_len))], length(arguments.random_output_len))
+        for _ in range(arguments.num_prompts)
+    ]  # fmt: skip
+
+
+def _load(arguments: argparse.Namespace) -> Any:
+    from runtime.llm import LLM
+
+    llm = LLM(arguments.model_path, **pick(arguments, LOADING + ENGINE))
+    print(llm.report + "\n", file=sys.stderr)
+    return llm
+
+
+def _percentiles(name: str, values: Sequence[float]) -> dict[str, float | None]:
+    ordered = sorted(values)
+    shown = {"median": 0.5, "p90": 0.9, "p99": 0.99}
+    places = {kind: min(len(ordered) - 1, int(part * len(ordered))) for kind, part in shown.items()}
+    return {f"{kind}_{name}": 1000 * ordered[place] if ordered else None for kind, place in places.items()}
+
+
+def _finish(arguments: argparse.Namespace, kind: str, result: dict[str, Any]) -> int:
+    for name, value in result.items():
+        print(f"{name:<24} {value:.2f}" if isinstance(value, float) else f"{name:<24} {value}")
+    if arguments.output_file:
+        with Path(arguments.output_file).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"bench": kind, **result}) + "\n")
+    return 1 if result.get("failed") else 0

@@ -1,0 +1,184 @@
+"""The options of the command line, in groups that the commands share, and the file they may come from.
+
+Flags are spelled as in SGLang, with vLLM's spellings as aliases. Light: ``--help`` imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from runtime.errors import InvalidRequest
+
+LOADING = ("quantization", "kernel", "attention_backend", "dtype", "device", "trust_remote_code", "revision")
+ENGINE = (
+    "tokenizer", "skip_tokenizer_init", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_total_tokens",
+    "kv_cache_memory", "kv_cache_dtype", "enable_prefix_caching",
+)  # fmt: skip
+QUEUE = ("max_queued_requests", "queue_timeout", "request_timeout", "seed")
+SERVER = (
+    "host", "port", "served_model_name", "api_key", "api_key_file", "allowed_hosts", "max_body_bytes", "chat_template",
+    "sampling_defaults", "watchdog_timeout", "shutdown_timeout", "log_level",
+)  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    """Knows no abbreviations and suggests the nearest flag for an unknown one."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        if unknown:
+            flags = [flag for action in self._every_action() for flag in action.option_strings]
+            close = difflib.get_close_matches(unknown[1], flags, n=1)
+            message += f". Did you mean {close[0]}?" if close else ""
+        super().error(message)
+
+    def actions_of(self, command: str) -> list[argparse.Action]:
+        """The options of one command."""
+        commands = next(a for a in self._actions if isinstance(a, argparse._SubParsersAction))
+        return list(commands.choices[command]._actions)
+
+    def _every_action(self) -> list[argparse.Action]:
+        actions = list(self._actions)
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                actions += [inner for parser in action.choices.values() for inner in parser._every_action()]
+        return actions
+
+
+def loading_options(parser: argparse.ArgumentParser) -> None:
+    """The options that decide what is loaded; SGLang's spelling first, then vLLM's."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--quantization", "-q", metavar="FORMAT", help="the format you expect, e.g. awq; only confirms")
+    group.add_argument("--kernel", metavar="NAME", help="what multiplies by quantized weights; default: the best here")
+    group.add_argument("--attention-backend", metavar="NAME", help="what attends; default: the best here")
+    group.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 (half) or float32 (default: auto)")
+    group.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    group.add_argument("--trust-remote-code", action="store_true", help="run Python code of the checkpoint")
+    group.add_argument("--revision", help="branch, tag or commit of a Hub repository")
+
+
+def engine_options(parser: argparse.ArgumentParser) -> None:
+    """The options that size the engine."""
+    group = parser.add_argument_group("engine")
+    group.add_argument("--tokenizer-path", "--tokenizer", dest="tokenizer", metavar="T", help="default: the model's")
+    group.add_argument("--skip-tokenizer-init", action="store_true", help="token ids in (JSON lines) and out")
+    group.add_argument("--context-length", "--max-model-len", dest="max_model_len", type=int, metavar="N")
+    group.add_argument(
+        "--max-running-requests", "--max-num-seqs", dest="max_num_seqs", type=int, default=32, metavar="N"
+    )
+    group.add_argument(
+        "--chunked-prefill-size", "--max-num-batched-tokens", dest="max_num_batched_tokens", type=int, metavar="N"
+    )
+    group.add_argument("--max-total-tokens", type=int, metavar="N", help="size of the KV cache in tokens")
+    group.add_argument("--kv-cache-memory", metavar="SIZE", help="size of the KV cache, e.g. 2GiB")
+    group.add_argument(
+        "--kv-cache-dtype",
+        default="auto",
+        metavar="D",
+        help="auto (the model's), bf16, fp8_e4m3 or int8 (default: auto)",
+    )
+    group.add_argument(
+        "--disable-radix-cache", "--no-enable-prefix-caching", dest="enable_prefix_caching", action="store_false",
+        help="never start from the keys and values of an earlier prompt",
+    )  # fmt: skip
+
+
+def queue_options(parser: argparse.ArgumentParser) -> None:
+    """The options that bound what waits."""
+    group = parser.add_argument_group("queue")
+    group.add_argument(
+        "--max-queued-requests", "--max-num-queued-reqs", dest="max_queued_requests", type=int, default=512, metavar="N",
+        help="more are answered 429 (default: 512)",
+    )  # fmt: skip
+    group.add_argument("--queue-timeout", type=float, default=300.0, metavar="S", help="longest wait (default: 300)")
+    group.add_argument(
+        "--request-timeout", type=float, default=3600.0, metavar="S", help="longest answer, its wait included"
+    )
+    group.add_argument(
+        "--random-seed", "--seed", dest="seed", type=int, metavar="S", help="for requests without a seed"
+    )
+
+
+def server_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the HTTP server; their defaults are :class:`ServerOptions`'s."""
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", metavar="H", help="default: 127.0.0.1")
+    group.add_argument("--port", type=int, metavar="P", help="default: 30000; 0 takes a free one")
+    group.add_argument("--served-model-name", metavar="NAME", help="default: the model as it was given")
+    group.add_argument("--api-key", metavar="KEY", help="asked for on every route but /health")
+    group.add_argument("--api-key-file", metavar="FILE", help="one key a line; out of the process list")
+    group.add_argument("--allowed-hosts", type=_names, metavar="H,H", help="default: loopback names when on loopback")
+    group.add_argument("--max-body-bytes", type=int, metavar="N", help="default: 8 MiB")
+    group.add_argument("--chat-template", metavar="FILE", help="instead of the tokenizer's own")
+    group.add_argument(
+        "--sampling-defaults", choices=("model", "openai"), help="from generation_config.json (default), or plain"
+    )
+    group.add_argument("--watchdog-timeout", type=float, metavar="S", help="exit if a step hangs; default: 300")
+    group.add_argument("--shutdown-timeout", type=float, metavar="S", help="for answers that run; default: 30")
+    group.add_argument("--log-level", choices=("debug", "info", "warning", "error"), help="default: info")
+    group.add_argument(
+        "--model-impl", choices=("auto", "transformers"), help="whose modelling code; there is only Transformers'"
+    )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def pick(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in names}
+
+
+def given(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """Like :func:`pick`, without what was left open."""
+    return {name: value for name, value in pick(arguments, names).items() if value is not None}
+
+
+def with_config_file(argv: Sequence[str], parser: Parser) -> list[str]:
+    """``argv`` with the flags of its ``--config`` file before its own. Raises :class:`InvalidRequest`."""
+    argv = list(argv)
+    place = next((place for place, word in enumerate(argv) if word.partition("=")[0] == "--config"), None)
+    if place is None or argv[0] != "serve":
+        return argv
+    _, equals, file = argv[place].partition("=")
+    if not equals:
+        file = argv[place + 1] if place + 1 < len(argv) else ""
+    known = {flag for action in parser.actions_of("serve") for flag in action.option_strings}
+    switches = {flag for action in parser.actions_of("serve") if action.nargs == 0 for flag in action.option_strings}
+    words: list[str] = []
+    for key, value in _read_yaml(file).items():
+        flag = f"--{str(key).replace('_', '-')}"
+        if flag not in known or flag in ("--config", "--help"):
+            close = difflib.get_close_matches(flag, known, n=1)
+            hint = f" Did you mean {close[0][2:]}?" if close else ""
+            raise InvalidRequest(f"--config {file}: {key!r} is not a flag of serve.{hint}")
+        if (flag in switches) != isinstance(value, bool):
+            kind = "true or false" if flag in switches else "a value"
+            raise InvalidRequest(f"--config {file}: {key} takes {kind}, not {value!r}.")
+        if flag in switches:
+            words += [flag] if value else []
+        else:
+            words += [f"{flag}={','.join(map(str, value)) if isinstance(value, list) else value}"]
+    return [argv[0], *words, *argv[1:]]
+
+
+def _read_yaml(file: str) -> dict[Any, Any]:
+    try:
+        import yaml
+
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except ImportError as error:
+        raise InvalidRequest(f"--config needs PyYAML ({error}): pip install 'relinear[serve]'.") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InvalidRequest(f"--config {file}: {error}") from error
+    if not isinstance(content, dict):
+        raise InvalidRequest(f"--config {file}: it must map flags to values, not be {type(content).__name__}.")
+    return content

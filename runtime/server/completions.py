@@ -1,0 +1,228 @@
+"""``/v1/completions`` and ``/v1/chat/completions``: how OpenAI's clients want answers to look."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from runtime.errors import InvalidRequest
+from runtime.request import Delta, SamplingParams, TokenLogprob
+from runtime.server.protocol import ChatRequest, CompletionRequest, OpenAI, many_prompts
+from runtime.server.service import Service
+
+router = APIRouter()
+
+
+@router.post("/v1/completions")
+async def completions(body: CompletionRequest, request: Request) -> Response:
+    service: Service = request.app.state.service
+    service.require_model(body.model)
+    params = body.params(service.defaults)
+    texts = many_prompts(body.prompt, "prompt")
+    service.worker.require_room(len(texts) * params.n)
+    prompts = [await service.encode(text) for text in texts]
+    return await _answer(request, service, TextWriter(service, body, params, prompts))
+
+
+@router.post("/v1/chat/completions")
+async def chat(body: ChatRequest, request: Request) -> Response:
+    service: Service = request.app.state.service
+    service.require_model(body.model)
+    params = body.params(service.defaults)
+    service.worker.require_room(params.n)
+    messages = [message.plain() for message in body.messages]
+    continued = bool(body.continue_final_message)
+    prompt = await service.render(
+        messages,
+        add_generation_prompt=not continued if body.add_generation_prompt is None else body.add_generation_prompt,
+        continue_final_message=continued,
+        options=body.chat_template_kwargs,
+    )
+    return await _answer(request, service, ChatWriter(service, body, params, [prompt]))
+
+
+async def _answer(request: Request, service: Service, writer: Writer) -> Response:
+    stream = await service.submit(writer.prompts, writer.params)
+    if writer.body.stream:
+        return service.events(stream, writer.chunk, writer.last)
+    return JSONResponse(writer.whole(await service.collect(request, stream)))
+
+
+class Writer:
+    """Answers in one of the two shapes; counts what the usage reports."""
+
+    prefix = ""
+    object = ""
+    chunk_object = ""
+
+    def __init__(self, service: Service, body: OpenAI, params: SamplingParams, prompts: Sequence[list[int]]):
+        if body.stream_options is not None and not body.stream:
+            raise InvalidRequest("stream_options needs stream: true.")
+        self.body = body
+        self.params = params
+        self.prompts = prompts
+        self._tokenizer = service.tokenizer
+        self._head = {
+            "id": f"{self.prefix}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": body.model or service.name,
+        }
+        self._generated = 0
+        self._cached: dict[int, int] = {}
+        self._begun: set[int] = set()
+
+    def whole(self, answers: list[list[Delta]]) -> dict[str, Any]:
+        choices = []
+        for place, samples in enumerate(answers):
+            for delta in samples:
+                self._count(place, delta)
+                choices.append(self._finished(place, delta))
+        return {**self._head, "object": self.object, "choices": choices, "usage": self._usage()}
+
+    def chunk(self, place: int, delta: Delta) -> list[dict[str, Any]]:
+        self._count(place, delta)
+        return [
+            {**self._head, "object": self.chunk_object, "choices": [choice], **self._no_usage()}
+            for choice in self._partial(place, delta)
+        ]
+
+    def last(self) -> list[dict[str, Any]]:
+        if not self._wants_usage():
+            return []
+        return [{**self._head, "object": self.chunk_object, "choices": [], "usage": self._usage()}]
+
+    def _finished(self, place: int, delta: Delta) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _partial(self, place: int, delta: Delta) -> list[dict[str, Any]]:
+        raise NotImplementedError
+
+    def _choice(self, place: int, delta: Delta) -> dict[str, Any]:
+        reason = delta.finish_reason.value if delta.finish_reason else None
+        return {"index": self._index(place, delta), "finish_reason": reason, "stop_reason": delta.stop_reason}
+
+    def _index(self, place: int, delta: Delta) -> int:
+        return place * self.params.n + delta.index
+
+    def _count(self, place: int, delta: Delta) -> None:
+        self._generated += len(delta.token_ids)
+        self._cached[place] = max(self._cached.get(place, 0), delta.cached_tokens if delta.index == 0 else 0)
+
+    def _wants_usage(self) -> bool:
+        return self.body.stream_options is not None and self.body.stream_options.include_usage
+
+    def _no_usage(self) -> dict[str, None]:
+        return {"usage": None} if self._wants_usage() else {}
+
+    def _usage(self) -> dict[str, Any]:
+        prompt = sum(map(len, self.prompts))
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": self._generated,
+            "total_tokens": prompt + self._generated,
+            "prompt_tokens_details": {"cached_tokens": sum(self._cached.values())},
+        }
+
+    def _text(self, token: int) -> str:
+        return str(self._tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+class ChatWriter(Writer):
+    prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def _finished(self, place: int, delta: Delta) -> dict[str, Any]:
+        message = {"role": "assistant", "content": delta.text, "refusal": None}
+        return {**self._choice(place, delta), "message": message, "logprobs": self._logprobs(delta)}
+
+    def _partial(self, place: int, delta: Delta) -> list[dict[str, Any]]:
+        index, choices = self._index(place, delta), []
+        if index not in self._begun:
+            self._begun.add(index)
+            first = {"role": "assistant", "content": ""}
+            choices.append({"index": index, "delta": first, "logprobs": None, "finish_reason": None})
+        if delta.text or delta.logprobs or delta.finish_reason:
+            piece = {"content": delta.text} if delta.text else {}
+            choices.append({**self._choice(place, delta), "delta": piece, "logprobs": self._logprobs(delta)})
+        return choices
+
+    def _logprobs(self, delta: Delta) -> dict[str, Any] | None:
+        if self.params.logprobs is None:
+            return None
+        rows = [
+            {**self._entry(row.token_id, row.logprob), "top_logprobs": [self._entry(*pair) for pair in row.top]}
+            for row in delta.logprobs
+        ]
+        return {"content": rows, "refusal": None}
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self._text(token)
+        # A token that is part of a character has bytes, but this tokenizer does not say which.
+        return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
+
+
+class TextWriter(Writer):
+    prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
+
+    body: CompletionRequest
+
+    def __init__(self, service: Service, body: OpenAI, params: SamplingParams, prompts: Sequence[list[int]]):
+        super().__init__(service, body, params, prompts)
+        self._offsets: dict[int, int] = {}
+
+    def _finished(self, place: int, delta: Delta) -> dict[str, Any]:
+        text = (self._echo(place) if self.body.echo else "") + delta.text
+        choice = {**self._choice(place, delta), "text": text, "logprobs": self._logprobs(place, delta)}
+        return choice
+
+    def _partial(self, place: int, delta: Delta) -> list[dict[str, Any]]:
+        index = self._index(place, delta)
+        text = delta.text
+        if self.body.echo and index not in self._begun:
+            text = self._echo(place) + text
+        self._begun.add(index)
+        if not (text or delta.logprobs or delta.finish_reason):
+            return []
+        return [{**self._choice(place, delta), "text": text, "logprobs": self._logprobs(place, delta)}]
+
+    def _echo(self, place: int) -> str:
+        asked = self.body.prompt
+        if isinstance(asked, str):
+            return asked
+        if isinstance(asked[place], str):
+            return str(asked[place])
+        return str(self._tokenizer.decode(self.prompts[place], clean_up_tokenization_spaces=False))
+
+    def _logprobs(self, place: int, delta: Delta) -> dict[str, Any] | None:
+        if self.params.logprobs is None:
+            return None
+        rows: list[TokenLogprob | None] = list(delta.logprobs)
+        tokens = [row.token_id for row in delta.logprobs]
+        if self.body.echo:
+            rows = [None, *delta.prompt_logprobs, *rows]
+            tokens = [*self.prompts[place], *tokens]
+        names = [self._name(token) for token in tokens]
+        index = self._index(place, delta)
+        offsets = []
+        for name in names:
+            offsets.append(self._offsets.get(index, 0))
+            self._offsets[index] = offsets[-1] + len(name)
+        return {
+            "tokens": names,
+            "token_logprobs": [row and row.logprob for row in rows],
+            "top_logprobs": [row and self._best(row) for row in rows],
+            "text_offset": offsets,
+        }
+
+    def _best(self, row: TokenLogprob) -> dict[str, float]:
+        """The best tokens and the one that stands there, which clients look up."""
+        return {self._name(token): logprob for token, logprob in (*row.top, (row.token_id, row.logprob))}
+
+    def _name(self, token: int) -> str:
+        """Tokens that are part of a character would share a name."""
+        text = self._text(token)
+        return f"token_id:{token}" if "\ufffd" in text else text

@@ -1,0 +1,50 @@
+"""What the server is told, beside the engine's configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.errors import LoadError
+from runtime.server.gate import LOOPBACK, Limits
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """``allowed_hosts`` empty means: loopback names if the server listens on loopback, any name if not."""
+
+    host: str = "127.0.0.1"
+    port: int = 30000
+    served_model_name: str | None = None
+    api_key: str | None = None
+    api_key_file: str | None = None
+    allowed_hosts: tuple[str, ...] = ()
+    max_body_bytes: int = 8 * 2**20
+    chat_template: str | None = None
+    sampling_defaults: str = "model"
+    watchdog_timeout: float = 300.0
+    shutdown_timeout: float = 30.0
+    log_level: str = "info"
+
+    @property
+    def loopback(self) -> bool:
+        return self.host in ("127.0.0.1", "localhost", "::1")
+
+    def limits(self) -> Limits:
+        """Who may come in. Raises :class:`LoadError` for a key file that is not usable."""
+        hosts = self.allowed_hosts or (LOOPBACK if self.loopback else ())
+        return Limits(tuple(host.lower() for host in hosts), self._keys(), self.max_body_bytes)
+
+    def _keys(self) -> tuple[str, ...]:
+        keys = [self.api_key] if self.api_key is not None else []
+        if self.api_key_file is not None:
+            try:
+                lines = Path(self.api_key_file).read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise LoadError(f"--api-key-file: {error}") from error
+            keys += [line.strip() for line in lines if line.strip()]
+            if not keys:
+                raise LoadError(f"--api-key-file {self.api_key_file} holds no key; one a line.")
+        if any(not key.strip() for key in keys):
+            raise LoadError("--api-key is empty: leave it out for a server without a key.")
+        return tuple(keys)

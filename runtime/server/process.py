@@ -1,0 +1,179 @@
+"""The server as a process: bind, load, serve, drain, and an exit status that tells the truth.
+
+0 after a signal and an orderly end    1 if it could not start    70 if the engine stopped or hung
+"""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import logging
+import os
+import re
+import socket
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from runtime.config import EngineConfig
+from runtime.errors import Error, LoadError
+from runtime.server.app import build_app
+from runtime.server.gate import MAX_HEADER_BYTES
+from runtime.server.metrics import Metrics
+from runtime.server.options import ServerOptions
+from runtime.worker import Worker
+
+logger = logging.getLogger("relinear")
+
+ENGINE_FAILED = 70
+MAX_CONNECTIONS = 1024
+KEEP_ALIVE_SECONDS = 30
+CLOSE_SECONDS = 5.0
+
+
+class EscapingFormatter(logging.Formatter):
+    """Shows control characters as escapes, so that nothing a client sends can forge a line or colour a terminal."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        record.message = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda c: ascii(c[0])[1:-1], record.message)
+        return super().formatMessage(record)
+
+
+def serve(config: EngineConfig, options: ServerOptions) -> int:
+    """Serve until told to stop; the exit status. Raises :class:`Error` if it cannot even begin."""
+    process = _Process(config, options)
+    _log_to_stderr(options.log_level)
+    faulthandler.enable()
+    return asyncio.run(process.run())
+
+
+class _Process:
+    def __init__(self, config: EngineConfig, options: ServerOptions):
+        self.options = options
+        self.status = 0
+        metrics = Metrics(options.served_model_name or config.model)
+        self.worker = Worker(config, self._ready, self._ended, metrics.delta)
+        metrics.watch(self.worker)
+        settings = uvicorn.Config(
+            build_app(self.worker, options, metrics),
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+            limit_concurrency=MAX_CONNECTIONS,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=int(CLOSE_SECONDS),
+        )
+        self.server = _Server(settings, self._asked_to_end)
+        self.listener = _bind(options)
+        self._draining: asyncio.Task[None] | None = None
+
+    async def run(self) -> int:
+        self.listener.listen()
+        logger.info("listening: %s; loading %s", self._address(), self.worker.config.model)
+        self.worker.start()
+        watchdog = asyncio.create_task(self._watch())
+        await self.server.serve(sockets=[self.listener])
+        watchdog.cancel()
+        self.worker.stop()
+        if not self.worker.join(CLOSE_SECONDS):
+            # It is inside a forward pass or still loading; torch does not survive the interpreter's end there.
+            logging.shutdown()
+            os._exit(self.status)
+        return self.status
+
+    def _ready(self) -> None:
+        engine = self.worker.engine
+        assert engine is not None
+        print(engine.report + "\n", file=sys.stderr, flush=True)
+        defaults = engine.sampling_defaults if self.options.sampling_defaults == "model" else {}
+        source = "generation_config.json" if defaults else "OpenAI's defaults"
+        logger.info("sampling defaults: %s (%s)", defaults or "temperature 1, top_p 1", source)
+        if engine.config.trust_remote_code:
+            logger.warning("the checkpoint's own Python code runs in this process (--trust-remote-code)")
+        if not self.options.loopback and not (self.options.api_key or self.options.api_key_file):
+            logger.warning("anybody who reaches %s can use this server: set --api-key", self.options.host)
+        logger.info("ready: %s", self._address())
+
+    def _address(self) -> str:
+        host, port = self.listener.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def _ended(self, error: Exception) -> None:
+        """The engine could not be loaded, or stopped."""
+        self.status = 1 if isinstance(error, LoadError) else ENGINE_FAILED
+        if isinstance(error, Error):
+            print(f"relinear: {error}", file=sys.stderr, flush=True)
+        else:
+            logger.critical("the engine stopped: %s: %s", type(error).__name__, error)
+        self.server.should_exit = True
+
+    def _asked_to_end(self) -> None:
+        if self._draining is None:
+            self._draining = asyncio.get_running_loop().create_task(self._drain())
+        else:
+            self.worker.stop()
+            self.server.should_exit = True
+
+    async def _drain(self) -> None:
+        """Refuse new work, let what runs end, then end it."""
+        self.worker.draining = True
+        seconds = self.options.shutdown_timeout
+        logger.info(
+            "draining %d answers for at most %g s; a second signal ends them", len(self.worker.streams), seconds
+        )
+        try:
+            async with asyncio.timeout(seconds):
+                while self.worker.streams:
+                    await asyncio.sleep(0.05)
+        except TimeoutError:
+            logger.warning("%d answers were cut short", len(self.worker.streams))
+        self.worker.stop()
+        self.server.should_exit = True
+
+    async def _watch(self) -> None:
+        """A hanging forward pass cannot be interrupted; whoever supervises this process can start it again."""
+        while True:
+            await asyncio.sleep(1)
+            if self.worker.engine is not None and self.worker.silent_seconds > self.options.watchdog_timeout:
+                logger.critical("the engine made no progress for %.0f s; giving up", self.worker.silent_seconds)
+                faulthandler.dump_traceback(all_threads=True)
+                logging.shutdown()
+                os._exit(ENGINE_FAILED)
+
+
+class _Server(uvicorn.Server):
+    """Asks before it stops: answers that are being written may end first."""
+
+    def __init__(self, config: uvicorn.Config, on_signal: Callable[[], None]):
+        super().__init__(config)
+        self._on_signal = on_signal
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        asyncio.get_running_loop().call_soon_threadsafe(self._on_signal)
+
+
+def _bind(options: ServerOptions) -> socket.socket:
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((options.host, options.port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise LoadError(f"--host {options.host} --port {options.port}: {error}. Choose another port.") from error
+    return listener
+
+
+def _log_to_stderr(level: str) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(EscapingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    for noisy in ("httpx", "uvicorn", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -1,0 +1,241 @@
+"""What the routes share: from a request's text to a stream of the engine, and back to the client.
+
+Tokenising, templates and grammars run on threads, never on the event loop; whatever happens to a response, its stream is
+closed, which frees its blocks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import functools
+import json
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+
+from runtime.engine import Engine
+from runtime.errors import EngineDead, Error, InvalidRequest
+from runtime.grammar import Matcher
+from runtime.request import Delta, SamplingParams
+from runtime.server.errors import ModelNotFound, NotReady, describe, error_body
+from runtime.server.metrics import Metrics
+from runtime.server.options import ServerOptions
+from runtime.server.template import RENDER_SECONDS, load_template, render
+from runtime.worker import Stream, Worker, failure_of
+
+PING_SECONDS = 15.0
+COMPILE_SECONDS = 20.0
+MAX_CHARACTERS_PER_TOKEN = 512
+"""More than the longest runs of spaces or dashes that vocabularies have."""
+
+T = TypeVar("T")
+Pieces = list[tuple[int, Delta]]
+
+
+class Disconnected(Exception):
+    """The client has gone; nobody reads the answer."""
+
+
+class Service:
+    """One served model."""
+
+    def __init__(self, worker: Worker, options: ServerOptions, metrics: Metrics):
+        self.worker = worker
+        self.options = options
+        self.metrics = metrics
+        self.name = options.served_model_name or worker.config.model
+        self.template = load_template(options.chat_template)
+        self.created = int(time.time())
+        self._tokenizer: Any = None
+        # One thread: a fast tokenizer is not to be used from two at once.
+        self._texts = ThreadPoolExecutor(1, thread_name_prefix="text")
+        self._slow = ThreadPoolExecutor(4, thread_name_prefix="compile")
+
+    @property
+    def engine(self) -> Engine:
+        """The loaded engine. Raises :class:`NotReady`."""
+        if self.worker.error is not None:
+            raise EngineDead(f"the engine stopped: {self.worker.error}")
+        if self.worker.draining:
+            raise NotReady("the server is shutting down.")
+        if self.worker.engine is None:
+            raise NotReady("the model is loading.")
+        return self.worker.engine
+
+    @property
+    def tokenizer(self) -> Any:
+        """A tokenizer that the engine's thread does not use. Raises :class:`InvalidRequest` if there is none."""
+        if self.engine.tokenizer is None:
+            raise InvalidRequest("this server has no tokenizer (--skip-tokenizer-init): only /generate with input_ids.")
+        if self._tokenizer is None:
+            self._tokenizer = copy.deepcopy(self.engine.tokenizer)
+        return self._tokenizer
+
+    def require_model(self, name: str | None) -> None:
+        if name is not None and name not in (self.name, self.worker.config.model):
+            raise ModelNotFound(f"model {name[:256]!r} is not served here; {self.name!r} is.")
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Sampling parameters for fields that a request leaves out."""
+        return self.engine.sampling_defaults if self.options.sampling_defaults == "model" else {}
+
+    # From text to the engine --------------------------------------------------------------------------------------
+
+    async def _on(self, pool: ThreadPoolExecutor, function: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(pool, function)
+
+    async def encode(self, prompt: str | list[int], *, special: bool = True) -> list[int]:
+        """Token ids of a prompt. Raises :class:`InvalidRequest`."""
+        if not isinstance(prompt, str):
+            return prompt
+        tokenizer = self.tokenizer
+        self._require_short(prompt)
+        try:
+            return await self._on(self._texts, lambda: list(tokenizer(prompt, add_special_tokens=special)["input_ids"]))
+        except (TypeError, ValueError, UnicodeError) as error:
+            raise InvalidRequest(f"the prompt cannot be tokenised: {error}") from error
+
+    async def decode(self, tokens: list[int], *, skip_special_tokens: bool) -> str:
+        """The text of token ids. Raises :class:`InvalidRequest`."""
+        tokenizer = self.tokenizer
+        if any(not 0 <= token < self.engine.vocabulary for token in tokens):
+            raise InvalidRequest(f"tokens must be 0 to {self.engine.vocabulary - 1}.")
+        decode = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+        return await self._on(self._texts, lambda: str(decode(tokens, skip_special_tokens=skip_special_tokens)))
+
+    async def flush_cache(self) -> None:
+        """Forget cached prefixes. Raises :class:`NotReady`."""
+        assert self.engine is not None
+        await self.worker.call(Engine.flush_cache)
+
+    def _require_short(self, prompt: str) -> None:
+        """Refuse what cannot fit before spending time on it."""
+        most = self.engine.max_model_len * MAX_CHARACTERS_PER_TOKEN
+        if len(prompt) > most:
+            raise InvalidRequest(
+                f"the prompt has {len(prompt)} characters; {self.engine.max_model_len} tokens cannot hold more than {most}."
+            )
+
+    async def render(self, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
+        """Token ids of a conversation. Raises :class:`InvalidRequest`."""
+        tokenizer = self.tokenizer
+        try:
+            async with asyncio.timeout(RENDER_SECONDS + 1):
+                text = await self._on(self._slow, lambda: render(tokenizer, self.template, messages, **options))
+        except TimeoutError:
+            raise InvalidRequest("the chat template did not end in time with these messages.") from None
+        return await self.encode(text, special=False)
+
+    async def compile(self, params: SamplingParams) -> Matcher | None:
+        """The grammar of a request. Raises :class:`InvalidRequest`."""
+        wanted, engine = params.structured_outputs, self.engine
+        if wanted is None:
+            return None
+        if engine.tokenizer is None:
+            raise InvalidRequest("structured_outputs need a tokenizer, and this server has none.")
+        try:
+            async with asyncio.timeout(COMPILE_SECONDS):
+                return await self._on(self._slow, lambda: engine.grammars.compile(wanted))
+        except TimeoutError:
+            raise InvalidRequest(
+                f"structured_outputs: the grammar was not compiled after {COMPILE_SECONDS:g} s."
+            ) from None
+
+    async def submit(self, prompts: Sequence[list[int]], params: SamplingParams) -> Stream:
+        matcher = await self.compile(params)
+        stream = await self.worker.submit(prompts, params, matcher)
+        self.metrics.prompts(stream)
+        return stream
+
+    # And back -----------------------------------------------------------------------------------------------------
+
+    async def collect(self, request: Request, stream: Stream) -> list[list[Delta]]:
+        """The whole answers, ``[prompt][sample]``. Raises what ended one of them, or :class:`Disconnected`."""
+        answers: dict[tuple[int, int], Delta] = {}
+        reading = asyncio.ensure_future(self._read_all(stream, answers))
+        gone = asyncio.ensure_future(_disconnect(request))
+        try:
+            await asyncio.wait((reading, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done():
+                self.metrics.aborted("disconnect")
+                raise Disconnected
+            reading.result()
+        finally:
+            reading.cancel()
+            gone.cancel()
+            stream.close()
+        samples = range(stream.params.n)
+        return [[answers[place, index] for index in samples] for place in range(len(stream.prompts))]
+
+    @staticmethod
+    async def _read_all(stream: Stream, answers: dict[tuple[int, int], Delta]) -> None:
+        while pieces := await stream.read():
+            for place, delta in pieces:
+                if failure := failure_of(delta):
+                    raise failure
+                if (place, delta.index) in answers:
+                    answers[place, delta.index].merge(delta)
+                else:
+                    answers[place, delta.index] = delta
+
+    def events(
+        self, stream: Stream, chunk: Callable[[int, Delta], list[Any]], last: Callable[[], list[Any]]
+    ) -> StreamingResponse:
+        """Server-sent events: ``chunk`` for each piece, then ``last``, then ``[DONE]``."""
+        return _Events(self._lines(stream, chunk, last), stream, self.metrics)
+
+    @staticmethod
+    async def _lines(stream: Stream, chunk: Callable[[int, Delta], list[Any]], last: Callable[[], list[Any]]) -> Any:
+        try:
+            while True:
+                try:
+                    async with asyncio.timeout(PING_SECONDS):
+                        pieces = await stream.read()
+                except TimeoutError:
+                    yield ": waiting\n\n"
+                    continue
+                if not pieces:
+                    break
+                for place, delta in pieces:
+                    if failure := failure_of(delta):
+                        raise failure
+                    for data in chunk(place, delta):
+                        yield event(data)
+            for data in last():
+                yield event(data)
+            yield "data: [DONE]\n\n"
+        except Error as error:
+            yield event(error_body(*describe(error)))
+
+
+class _Events(StreamingResponse):
+    """Closes its stream however it ends."""
+
+    def __init__(self, lines: Any, stream: Stream, metrics: Metrics):
+        super().__init__(lines, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        self._stream = stream
+        self._metrics = metrics
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            if self._stream.left and self._stream.error is None:
+                self._metrics.aborted("disconnect")
+            self._stream.close()
+
+
+def event(data: Any) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+async def _disconnect(request: Request) -> None:
+    receive: Callable[[], Awaitable[Any]] = request.receive
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,268 @@
+"""The one thread that turns the engine, seen from an event loop.
+
+Everything that touches the engine runs on that thread: other threads hand it functions, which it calls between two steps.
+So an abort takes effect within one step. Answers go back to the loop once a step; a reader that is slow gets them merged
+into larger pieces, so what waits for it never exceeds its own answer.
+
+If the engine cannot be loaded or stops, every stream gets the error and ``on_end`` is called: nobody waits for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from runtime.config import EngineConfig
+from runtime.engine import Engine
+from runtime.errors import EngineDead, Error, Overloaded
+from runtime.grammar import Matcher
+from runtime.request import Delta, FinishReason, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+IDLE_SECONDS = 1.0
+"""How long an idle thread sleeps before it says again that it is alive."""
+
+
+@dataclass(eq=False)
+class Stream:
+    """What comes back for some prompts that were submitted together. Lives on the event loop.
+
+    ``read`` until it returns nothing; ``close`` in any case, which aborts what has not ended.
+    """
+
+    worker: Worker
+    prompts: Sequence[list[int]]
+    params: SamplingParams
+    matcher: Matcher | None
+    accepted: asyncio.Future[None]
+    submitted: float = field(default_factory=time.monotonic)
+    token_times: dict[tuple[int, int], tuple[float, float]] = field(default_factory=dict)
+    closed: bool = False
+    left: int = 0
+    error: Exception | None = None
+    _pending: dict[tuple[int, int], Delta] = field(default_factory=dict)
+    _ready: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.left = len(self.prompts) * self.params.n
+
+    async def read(self) -> list[tuple[int, Delta]]:
+        """Wait for the next pieces, ``(position of the prompt, Delta)``; empty once all has been read."""
+        while not self._pending:
+            if self.error is not None:
+                raise self.error
+            if not self.left:
+                return []
+            self._ready.clear()
+            await self._ready.wait()
+        pending, self._pending = self._pending, {}
+        return [(place, delta) for (place, _), delta in pending.items()]
+
+    def close(self) -> None:
+        """Abort what has not ended and free its blocks; may be called twice."""
+        if not self.closed:
+            self.closed = True
+            self.worker.forget(self)
+
+    def deliver(self, place: int, delta: Delta) -> None:
+        if self.closed or self.error is not None:
+            return
+        known = self._pending.get((place, delta.index))
+        if known is None:
+            self._pending[place, delta.index] = delta
+        else:
+            known.merge(delta)
+        self.left -= delta.finish_reason is not None
+        self._ready.set()
+
+    def fail(self, error: Exception) -> None:
+        """End with ``error``, after what has been delivered."""
+        self.error = self.error or error
+        if not self.accepted.done():
+            self.accepted.set_exception(error)
+        self._ready.set()
+
+    def accept(self) -> None:
+        if not self.accepted.done():
+            self.accepted.set_result(None)
+
+
+class Worker:
+    """Loads the engine of ``config`` on a thread and serves streams from it.
+
+    ``on_ready()`` and ``on_end(error)`` are called on the event loop, ``on_delta(stream, delta)`` as well, for each piece.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        on_ready: Callable[[], None] = lambda: None,
+        on_end: Callable[[Exception], None] = lambda error: None,
+        on_delta: Callable[[Stream, Delta], None] = lambda stream, delta: None,
+    ):
+        self.config = config
+        self.engine: Engine | None = None
+        self.error: Exception | None = None
+        self.heartbeat = time.monotonic()
+        self.streams: set[Stream] = set()
+        self.draining = False
+        self._on_ready, self._on_end, self._on_delta = on_ready, on_end, on_delta
+        self._inbox: queue.SimpleQueue[Callable[[Engine], None]] = queue.SimpleQueue()
+        self._routes: dict[int, tuple[Stream, int]] = {}
+        self._stopping = False
+        self._loop: asyncio.AbstractEventLoop
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # On the event loop --------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to load; to be called on the event loop that will read the streams."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Leave the thread after its current step; streams that are still open end with an error."""
+        self._stopping = True
+        for stream in list(self.streams):
+            stream.fail(EngineDead("the server is shutting down; the answer is incomplete."))
+        self._inbox.put(lambda engine: None)
+
+    def join(self, seconds: float) -> bool:
+        """Wait for the thread's end; ``False`` if it has not come."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    @property
+    def silent_seconds(self) -> float:
+        """Since the thread last finished a step, or said that it is idle."""
+        return time.monotonic() - self.heartbeat
+
+    def require_room(self, samples: int = 1) -> None:
+        """Raise :class:`Overloaded` if this many more would exceed the queue: worth asking before any work is done."""
+        if self.engine is not None:
+            self.engine.require_room(samples)
+
+    async def submit(
+        self, prompts: Sequence[list[int]], params: SamplingParams, matcher: Matcher | None = None
+    ) -> Stream:
+        """Queue prompts, all or none. Raises what :meth:`Engine.add` raises; the caller closes the stream."""
+        if self.error is not None:
+            raise EngineDead(str(self.error))
+        self.require_room(len(prompts) * params.n)
+        stream = Stream(self, prompts, params, matcher, self._loop.create_future())
+        self.streams.add(stream)
+        self._inbox.put(lambda engine: self._add(engine, stream))
+        try:
+            await stream.accepted
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+    async def call(self, function: Callable[[Engine], Any]) -> Any:
+        """Run a function on the engine's thread, between two steps."""
+        future: asyncio.Future[Any] = self._loop.create_future()
+
+        def finish(result: Any) -> None:
+            if not future.done():
+                future.set_result(result)
+
+        def run(engine: Engine) -> None:
+            result = function(engine)
+            self._post(lambda: finish(result))
+
+        self._inbox.put(run)
+        return await future
+
+    def forget(self, stream: Stream) -> None:
+        self.streams.discard(stream)
+        self._inbox.put(lambda engine: self._abort(engine, stream))
+
+    # On the engine's thread ---------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            engine = self.engine = Engine(self.config)
+            self.heartbeat = time.monotonic()
+            self._post(self._on_ready)
+            while not self._stopping:
+                self._take(engine)
+                if engine.has_work:
+                    self._send(engine.step())
+                self.heartbeat = time.monotonic()
+                engine.require_alive()
+        except Exception as error:
+            if not isinstance(error, Error):
+                logger.critical("the engine's thread failed", exc_info=error)
+            cause = error
+            self._post(lambda: self._end(cause))
+
+    def _take(self, engine: Engine) -> None:
+        """Do what was asked for; wait for something if there is nothing else to do."""
+        try:
+            self._inbox.get(block=not engine.has_work, timeout=IDLE_SECONDS)(engine)
+            while True:
+                self._inbox.get_nowait()(engine)
+        except queue.Empty:
+            return
+
+    def _add(self, engine: Engine, stream: Stream) -> None:
+        if stream.closed:
+            return
+        uids: list[int] = []
+        try:
+            for prompt in stream.prompts:
+                uids.append(engine.add(prompt, stream.params, stream.matcher))
+        except Exception as error:
+            refusal = error
+            if not isinstance(error, Error):
+                logger.error("a request could not be queued", exc_info=error)
+            for uid in uids:
+                engine.abort(uid)
+            self._post(lambda: stream.fail(refusal))
+            return
+        self._routes.update({uid: (stream, place) for place, uid in enumerate(uids)})
+        self._post(stream.accept)
+
+    def _abort(self, engine: Engine, stream: Stream) -> None:
+        for uid in [uid for uid, (owner, _) in self._routes.items() if owner is stream]:
+            del self._routes[uid]
+            engine.abort(uid)
+
+    def _send(self, deltas: list[Delta]) -> None:
+        pieces = [(*self._routes[delta.uid], delta) for delta in deltas if delta.uid in self._routes]
+        if pieces:
+            self._post(lambda: self._deliver(pieces))
+
+    def _post(self, function: Callable[[], Any]) -> None:
+        try:
+            self._loop.call_soon_threadsafe(function)
+        except RuntimeError:
+            self._stopping = True  # the loop is closed: the process is about to end
+
+    # Back on the event loop ---------------------------------------------------------------------------------------
+
+    def _deliver(self, pieces: list[tuple[Stream, int, Delta]]) -> None:
+        for stream, place, delta in pieces:
+            self._on_delta(stream, delta)
+            stream.deliver(place, delta)
+
+    def _end(self, error: Exception) -> None:
+        self.error = error
+        for stream in list(self.streams):
+            stream.fail(EngineDead(str(error)))
+        self._on_end(error)
+
+
+def failure_of(delta: Delta) -> Exception | None:
+    """The exception that stands for a piece which ended badly."""
+    if delta.finish_reason is FinishReason.ABORT:
+        return Overloaded(delta.error or "aborted")
+    return Error(delta.error or "failed") if delta.finish_reason is FinishReason.ERROR else None

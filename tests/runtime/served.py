@@ -1,0 +1,95 @@
+"""A real server in a process of its own, and what tests ask of it."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import httpx
+
+CHAT_TEMPLATE = """{% for message in messages %}<|{{ message.role }}|>
+{{ message.content }}
+{% endfor %}{% if add_generation_prompt %}<|assistant|>
+{% endif %}"""
+START_SECONDS = 60.0
+
+
+class Served:
+    """``relinear serve`` on a free port. ``wait=False`` does not wait until the model is loaded; ``faulty`` is Python that
+    runs in the process first."""
+
+    def __init__(self, *flags: str, model: str = "demo", wait: bool = True, faulty: str = ""):
+        self.folder = tempfile.TemporaryDirectory()
+        template = Path(self.folder.name) / "template.jinja"
+        template.write_text(CHAT_TEMPLATE)
+        arguments = ["serve", "--model-path", model, "--port", "0", "--dtype", "float32"]
+        if "--chat-template" not in flags:
+            arguments += ["--chat-template", str(template)]
+        code = f"import sys\n{faulty}\nfrom runtime.cli import main\nsys.exit(main({[*arguments, *flags]!r}))"
+        self._log = Path(self.folder.name) / "log"
+        with self._log.open("w") as log:
+            self.process = subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=log)
+        self.url = self._await(r"listening: (http://[^\s;]+)")
+        if wait:
+            self._await(r"(ready):")
+
+    def _await(self, pattern: str) -> str:
+        end = time.monotonic() + START_SECONDS
+        while time.monotonic() < end:
+            if found := re.search(pattern, self.log):
+                return found[1]
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.05)
+        raise AssertionError(f"no {pattern!r} from the server:\n{self.log}")
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=30, **options)
+
+    def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
+        return httpx.post(self.url + path, json=body, timeout=60, **options)
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric over its labels."""
+        lines = re.findall(rf"^relinear:{name}(?:{{.*}})? (\S+)$", self.get("/metrics").text, re.MULTILINE)
+        return sum(map(float, lines))
+
+    def until_idle(self, seconds: float = 10.0) -> None:
+        """Wait until no block is held and nothing runs or waits."""
+        end = time.monotonic() + seconds
+        names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+        while any(self.metric(name) for name in names):
+            assert time.monotonic() < end, f"not idle: {[(name, self.metric(name)) for name in names]}"
+            time.sleep(0.05)
+
+    @property
+    def descriptors(self) -> int:
+        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+
+    def stop(self, number: int = signal.SIGTERM, seconds: float = 20.0) -> int:
+        """Send a signal and wait; the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(seconds)
+
+    def __enter__(self) -> Served:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        self.folder.cleanup()

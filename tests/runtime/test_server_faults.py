@@ -1,0 +1,360 @@
+"""What clients, networks and processes do wrong. After every fault: no block held, no task or descriptor left, another
+client's answer unchanged, and the next request served."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.runtime.served import Served
+
+GREEDY = {"prompt": "def main():\n", "max_tokens": 12, "temperature": 0}
+LONG = {"prompt": "import os\n", "max_tokens": 900, "temperature": 0, "ignore_eos": True, "stream": True}
+JSON = {"content-type": "application/json"}
+
+
+def events(response: httpx.Response) -> Iterator[dict[str, Any]]:
+    """The JSON of the server-sent events, without the end mark."""
+    for line in response.iter_lines():
+        if line.startswith("data: ") and line != "data: [DONE]":
+            yield json.loads(line.removeprefix("data: "))
+
+
+def read_stream(server: Served, body: dict[str, Any], into: list[dict[str, Any]]) -> threading.Thread:
+    """Read a stream to its end on a thread of its own; returns once its first event is there."""
+
+    def read() -> None:
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
+            for piece in events(response):
+                into.append(piece)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    while not into and thread.is_alive():
+        time.sleep(0.01)
+    return thread
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Served]:
+    with Served("--max-body-bytes", "300000", "--max-running-requests", "4", "--max-queued-requests", "8") as served:
+        expected = served.post("/v1/completions", GREEDY).json()["choices"][0]["text"]
+        served.expected = expected  # type: ignore[attr-defined]
+        yield served
+        assert served.stop() == 0, served.log
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "server" in request.fixturenames:
+        server = request.getfixturevalue("server")
+        server.until_idle()
+        assert server.post("/v1/completions", GREEDY).json()["choices"][0]["text"] == server.expected
+        assert server.descriptors < 60
+
+
+# Requests
+
+
+def body(**fields: Any) -> bytes:
+    return json.dumps({"prompt": "x", "max_tokens": 2, **fields}).encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "status"),
+    [
+        (b"{", 400),
+        (b"", 400),
+        (b"[]", 400),
+        (b'{"prompt": "' + b"\xff\xfe" + b'"}', 400),
+        (b'{"prompt": "\\ud800"}', 400),
+        (b'{"prompt": ' + b"[" * 10_000 + b"]" * 10_000 + b"}", 400),
+        (b'{"prompt": "x", "structured_outputs": {"json": ' + b'{"not":' * 900 + b"{}" + b"}" * 900 + b"}}", 400),
+        (b'{"prompt": "x", "temperature": NaN}', 400),
+        (b'{"prompt": "x", "temperature": Infinity}', 400),
+        (b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}", 400),
+        (b'{"prompt": "x", "max_tokens": 1, "max_tokens": 2}', 200),
+        (body(n=10**6), 400),
+        (body(n=0), 400),
+        (body(max_tokens=-1), 400),
+        (body(max_tokens=2**31), 400),
+        (body(max_tokens=10**30), 400),
+        (body(max_tokens="2"), 400),
+        (body(top_k=-5), 400),
+        (body(seed=10**30), 400),
+        (body(logprobs=21), 400),
+        (body(stop=["x"] * 10_000), 400),
+        (body(stop=""), 400),
+        (body(logit_bias={str(token): 1 for token in range(4000)}), 400),
+        (body(logit_bias={"5000": 1}), 400),
+        (body(logit_bias={"five": 1}), 400),
+        (body(logit_bias={"5": 10**6}), 200),
+        (body(stop_token_ids=[10**9]), 400),
+        (body(prompt=[]), 400),
+        (body(prompt=[4096]), 400),
+        (body(prompt=[-1]), 400),
+        (body(prompt=[[5], []]), 400),
+        (body(prompt=["x"] * 1000), 400),
+        (body(prompt="x" * 200_000), 400),
+        (body(prompt="word " * 50_000), 400),
+        (body(prompt="\x00\x1b[31m\r\n"), 200),
+        (body(prompt="\N{PILE OF POO}" * 20, temperature=2.0), 200),
+        (body(echo=True, max_tokens=0), 200),
+        (body(best_of=5), 400),
+        (body(suffix="x"), 400),
+        (body(unheard_of=1), 400),
+        (body(user="me", metadata={"a": "b"}), 200),
+        (body(stream_options={"include_usage": True}), 400),
+        (body(structured_outputs={"regex": "(a{1,1000}){1,1000}" * 20}), 200),
+        (body(structured_outputs={"regex": "(x+x+)+y"}), 200),
+        (body(structured_outputs={"json": {"$ref": "#"}}), 400),
+        (body(structured_outputs={"json": {"type": "array", "items": {"$ref": "#"}}}), 200),
+    ],
+)
+def test_bodies_of_every_kind(server: Served, content: bytes, status: int) -> None:
+    done = httpx.post(f"{server.url}/v1/completions", content=content, headers=JSON, timeout=60)
+    assert done.status_code == status, done.text
+    if status != 200:
+        error = done.json()["error"]
+        assert error["type"] == "invalid_request_error"
+        assert error["message"]
+    server.until_idle()
+
+
+@pytest.mark.parametrize(
+    ("message", "status"),
+    [
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/"}}]}, 400),
+        ({"role": "user"}, 200),
+        ({"content": "x"}, 400),
+        ({"role": "user", "content": {"a": 1}}, 400),
+    ],
+)
+def test_messages_of_every_kind(server: Served, message: dict[str, Any], status: int) -> None:
+    done = server.post("/v1/chat/completions", {"messages": [message], "max_tokens": 2})
+    assert done.status_code == status, done.text
+    bad = {"messages": [{"role": "user", "content": "x"}], "chat_template": "{{ 1 }}"}
+    assert "chat_template cannot be served" in server.post("/v1/chat/completions", bad).text
+    bad = {"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"tokenize": True}}
+    assert "is not for templates" in server.post("/v1/chat/completions", bad).text
+
+
+def test_what_the_gate_refuses(server: Served) -> None:
+    url = f"{server.url}/v1/completions"
+    assert httpx.post(url, content=b"x" * 400_000, headers=JSON).status_code == 413
+    chunks = (b"x" * 10_000 for _ in range(40))
+    assert httpx.post(url, content=chunks, headers=JSON).status_code == 413
+    assert httpx.post(url, content=b"zip", headers={**JSON, "content-encoding": "gzip"}).status_code == 415
+    assert httpx.post(url, content=body(), headers={**JSON, "host": "evil.example"}).status_code == 403
+    assert httpx.post(url, content=body(), headers={"content-type": "text/plain"}).status_code == 400
+    assert httpx.get(url, headers={"x": "y" * 100_000}).status_code == 431
+    assert httpx.get(url).status_code == 405
+    assert (
+        "access-control-allow-origin"
+        not in httpx.get(f"{server.url}/v1/models", headers={"origin": "http://a"}).headers
+    )
+
+
+def test_a_request_cannot_forge_a_line_of_the_log(server: Served) -> None:
+    connection = raw(server, b"GET /%0a2026-01-01%20CRITICAL%20forged%1b[31m HTTP/1.1\r\nHost: evil\r\n\r\n")
+    assert b"403" in connection.recv(1000)
+    connection.close()
+    assert "forged" in server.log
+    assert "\x1b" not in server.log
+    assert not [line for line in server.log.splitlines() if line.startswith("2026-01-01")]
+
+
+# Network
+
+
+def raw(server: Served, content: bytes, seconds: float = 2.0) -> socket.socket:
+    """A connection on which this has been sent."""
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    connection = socket.create_connection((host, int(port)), timeout=seconds)
+    connection.sendall(content)
+    return connection
+
+
+def post_bytes(fields: dict[str, Any]) -> bytes:
+    content = json.dumps(fields).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n"
+    return head.encode() + b"Content-Type: application/json\r\n\r\n" + content
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_blocks_at_once(server: Served, stream: bool) -> None:
+    connection = raw(server, post_bytes({**LONG, "stream": stream}))
+    while not server.metric("num_requests_running"):
+        time.sleep(0.01)
+    if stream:
+        assert b"200 OK" in connection.recv(1000)
+    before = server.metric("aborted_total")
+    connection.close()
+    server.until_idle(seconds=1.0)
+    assert server.metric("aborted_total") == before + 1
+
+
+def test_clients_that_leave_the_queue_disturb_nobody(server: Served) -> None:
+    connections = [raw(server, post_bytes({**LONG, "prompt": f"import {n}\n"})) for n in range(10)]
+    while server.metric("num_requests_waiting") < 6:
+        time.sleep(0.01)
+    for connection in connections[1:]:
+        connection.close()
+    answer = server.post("/v1/completions", GREEDY).json()
+    assert answer["choices"][0]["text"] == server.expected  # type: ignore[attr-defined]
+    connections[0].close()
+
+
+def test_too_many_are_told_to_come_later(server: Served) -> None:
+    connections = [raw(server, post_bytes(LONG)) for _ in range(12)]
+    while server.metric("num_requests_waiting") < 8:
+        time.sleep(0.01)
+    refused = server.post("/v1/completions", GREEDY)
+    assert refused.status_code == 429
+    assert refused.headers["retry-after"]
+    assert "max_queued_requests" in refused.json()["error"]["message"]
+    assert server.get("/health").status_code == 200
+    for connection in connections:
+        connection.close()
+
+
+def test_a_slow_reader_delays_nobody_and_still_gets_everything(server: Served) -> None:
+    fields = {**LONG, "max_tokens": 150}
+    whole = server.post("/v1/completions", {**fields, "stream": False}).json()["choices"][0]["text"]
+    slow = raw(server, post_bytes(fields), seconds=20)
+    started = time.monotonic()
+    server.post("/v1/completions", GREEDY)
+    assert time.monotonic() - started < 5
+    server.until_idle(seconds=30)  # all of it has been generated, none of it read
+    content = b""
+    while b"[DONE]" not in content:
+        content += slow.recv(512)
+    slow.close()
+    pieces = [json.loads(line[6:]) for line in content.decode().splitlines() if line.startswith('data: {"id')]
+    assert "".join(piece["choices"][0]["text"] for piece in pieces) == whole
+
+
+def test_half_requests_and_idle_connections(server: Served) -> None:
+    halves = [raw(server, b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Le") for _ in range(20)]
+    halves += [raw(server, post_bytes(GREEDY)[:-5]) for _ in range(20)]
+    halves.append(
+        raw(server, b"POST /generate HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab")
+    )
+    assert server.post("/v1/completions", GREEDY).status_code == 200
+    for half in halves:
+        half.close()
+    time.sleep(0.3)
+
+
+def test_two_requests_in_one_packet_are_both_answered(server: Served) -> None:
+    connection = raw(server, post_bytes(GREEDY) * 2, seconds=10)
+    content = b""
+    while content.count(b'"usage"') < 2:
+        content += connection.recv(4096)
+    connection.close()
+
+
+# Process
+
+
+def test_the_key_the_wait_and_the_end_have_their_limits(tmp_path: Any) -> None:
+    file = tmp_path / "keys"
+    file.write_text("first key\nsecond\n")
+    flags = ("--queue-timeout", "0.5", "--max-running-requests", "1", "--shutdown-timeout", "0.3")
+    with Served("--api-key-file", str(file), *flags) as server:
+        paths = ("/v1/models", "/metrics", "/server_info", "/version", "/openapi.json", "/nowhere")
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Bearer " + "x" * 20_000}):
+            assert {server.get(path, headers=headers).status_code for path in paths} == {401}
+            assert server.post("/generate", {"text": "x"}, headers=headers).status_code == 401
+        assert server.get("/health").status_code == 200
+        headers = {"authorization": "Bearer first key"}
+        assert server.get("/v1/models", headers=headers).status_code == 200
+        assert "first key" not in server.log
+        # And, as this server runs one request at a time: what waits for too long is sent away.
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG, headers=headers) as running:
+            pieces = events(running)
+            next(pieces)
+            waited = server.post("/v1/completions", GREEDY, headers=headers)
+            assert waited.status_code == 429
+            assert "queue_timeout is 0.5 s" in waited.text
+            # And an answer that does not end in time after a signal ends with an error.
+            server.process.terminate()
+            assert "shutting down" in list(pieces)[-1]["error"]["message"]
+        assert server.process.wait(20) == 0, server.log
+        assert "Traceback" not in server.log
+
+
+def test_after_kill_minus_nine_the_port_is_free_and_a_signal_lets_answers_end() -> None:
+    with Served(wait=False) as killed:
+        killed.stop(number=9)
+    with Served("--port", killed.url.rpartition(":")[2]) as server:
+        assert server.url == killed.url
+        streams: list[list[dict[str, Any]]] = [[], [], []]
+        threads = [read_stream(server, {**LONG, "max_tokens": 120}, into) for into in streams]
+        server.process.terminate()
+        while "draining" not in server.log:
+            time.sleep(0.01)
+        assert server.get("/health").json()["status"] == "draining"
+        assert server.post("/v1/completions", GREEDY).status_code == 503
+        assert server.process.wait(20) == 0, server.log
+        for thread in threads:
+            thread.join()
+        assert [into[-1]["choices"][0]["finish_reason"] for into in streams] == ["length"] * 3
+
+
+BROKEN = """
+import runtime.runner as r, time
+real, calls = r.Runner.run, []
+def run(self, plan):
+    calls.append(1)
+    if len(calls) > 30: {what}
+    return real(self, plan)
+r.Runner.run = run
+"""
+
+
+def test_a_failed_forward_pass_ends_every_stream_and_the_process() -> None:
+    with Served(faulty=BROKEN.format(what="raise RuntimeError('the device fell off')")) as server:
+        streams: list[list[dict[str, Any]]] = [[], []]
+        threads = [read_stream(server, LONG, into) for into in streams]
+        for thread in threads:
+            thread.join()
+        assert all("the device fell off" in into[-1]["error"]["message"] for into in streams)
+        assert server.process.wait(20) == 70
+        assert "the device fell off" in server.log
+
+
+def test_a_hanging_forward_pass_is_unhealthy_and_then_ends_the_process() -> None:
+    with Served("--watchdog-timeout", "3", faulty=BROKEN.format(what="time.sleep(60)")) as server:
+        connection = raw(server, post_bytes(LONG))
+        statuses = []
+        while server.process.poll() is None:
+            with contextlib.suppress(httpx.HTTPError):
+                statuses.append(server.get("/health").json()["status"])
+            time.sleep(0.1)
+        connection.close()
+        assert server.process.wait(20) == 70
+        assert "no progress" in server.log
+        assert (statuses[0], statuses[-1]) == ("ok", "stuck")
+
+
+def test_loading_is_not_healthy_and_a_bad_model_ends_the_process(tmp_path: Any) -> None:
+    slow = (
+        "import runtime.worker as w, time\nreal = w.Engine\nw.Engine = lambda config: time.sleep(1.5) or real(config)"
+    )
+    with Served("--kernel", "nonsense", wait=False, faulty=slow) as server:
+        answer = server.get("/health")
+        assert (answer.status_code, answer.json()["status"]) == (503, "loading")
+        assert server.post("/v1/completions", GREEDY).status_code == 503
+        assert server.process.wait(30) == 1
+        assert "nonsense" in server.log
+        assert "Traceback" not in server.log
