@@ -8,30 +8,59 @@ The canonical layout of a weight ``W [out, in]``
 ``q``
     Integer kinds: ``uint8 [out, ceil(in * bits / 8)]``, every row a continuous bit stream of unsigned codes, code ``i``
     in bits ``i * bits ... (i + 1) * bits - 1``, least significant bit first. For 4 bits: two codes a byte, the even
-    column in the low nibble.
+    column in the low nibble. NF4, FP4 and E2M1: the same with 4-bit codes. FP8: ``float8_e4m3fn [out, in]``.
 ``scale``
-    ``[out / block_out, in / block_in]`` (rounded up), one per block of outputs x inputs; float32, float16 or bfloat16
-    exactly as the checkpoint stores it.
+    ``[ceil(out / block_out), ceil(in / block_in)]``, one per block of outputs x inputs, the last ones may be short; or,
+    if the scheme is ``flat``, ``[ceil(out * in / block_in)]`` over the weights in row order. float32, float16,
+    bfloat16, float8_e4m3fn or float8_e8m0fnu (powers of two) as the checkpoint stores it; one that is derived is
+    float32.
 ``zero``
-    ``uint8``, the shape of ``scale``: the code that means zero. ``None``: ``2 ** (bits - 1)`` everywhere.
+    ``uint8``, the shape of ``scale``: the code that means zero. ``None``: ``2 ** (bits - 1)`` everywhere. Integers
+    only.
 ``order``
     ``int32 [in]``: column ``i`` of ``q`` multiplies input ``order[i]`` (act-order checkpoints, sorted by group).
     ``None``: the natural order.
+``table``
+    ``float32 [16]``: what the codes of NF4 and FP4 mean. E2M1 needs none: :data:`quant.packing.E2M1_VALUES`.
+``global_scale``
+    ``float32 [1]``: one more factor of every scale.
+``input_scale``, ``input_zero``
+    ``[1]``, in the dtype they are stored in, for quantized inputs (:mod:`quant.activation`): the static scale and the
+    signed code that means zero, or the global scale that local ones are stored under, a divisor.
 
-``W[o, order[i]] = (q[o, i] - zero[o / block_out, i / block_in]) * scale[o / block_out, i / block_in]``, computed in
-float32.
+Integers: ``W[o, order[i]] = (q[o, i] - zero[o / block_out, i / block_in]) * scale[o / block_out, i / block_in]``; other kinds:
+``W[o, i] = value(q[o, i]) * scale[o / block_out, i / block_in] * global_scale``. Computed in float32.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from enum import Enum
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
+
+from quant.scheme import Activation, Scheme, WeightKind
+
+__all__ = [
+    "Activation",
+    "BadCheckpoint",
+    "LinearKernel",
+    "LinearShape",
+    "NoKernel",
+    "QuantError",
+    "QuantMethod",
+    "QuantWeight",
+    "Scheme",
+    "TensorSpec",
+    "UnsupportedCheckpoint",
+    "WeightKind",
+    "canonical_bytes",
+    "canonical_specs",
+]
 
 
 class QuantError(Exception):
@@ -72,50 +101,6 @@ class LinearShape:
         return f"{self.in_features}→{self.out_features}"
 
 
-class WeightKind(Enum):
-    """How one number of a weight is stored."""
-
-    INT2 = "int2"
-    INT3 = "int3"
-    INT4 = "int4"
-    INT5 = "int5"
-    INT6 = "int6"
-    INT7 = "int7"
-    INT8 = "int8"
-
-    @property
-    def bits(self) -> int:
-        return int(self.value.removeprefix("int"))
-
-    @classmethod
-    def integer(cls, bits: int) -> WeightKind:
-        return cls(f"int{bits}")
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """What one linear layer's weight means; the key of kernel choice.
-
-    ``block`` is ``(outputs, inputs)`` sharing one scale: a group of 128 is ``(1, 128)``.
-    """
-
-    kind: WeightKind
-    block: tuple[int, int]
-    zero_point: bool = False
-    act_order: bool = False
-
-    @property
-    def group(self) -> int:
-        """Inputs that share one scale."""
-        return self.block[1]
-
-    def __str__(self) -> str:
-        symmetry = "asymmetric" if self.zero_point else "symmetric"
-        outputs, inputs = self.block
-        size = f"g{inputs}" if outputs == 1 else f"block {outputs}x{inputs}"
-        return f"{self.kind.value} {size} {symmetry}" + (" act-order" if self.act_order else "")
-
-
 @dataclass(frozen=True)
 class QuantWeight:
     """A quantized weight. ``layout`` names how the tensors are arranged: ``"canonical"`` (this module's docstring) or a
@@ -127,6 +112,10 @@ class QuantWeight:
     scale: Tensor
     zero: Tensor | None = None
     order: Tensor | None = None
+    table: Tensor | None = None
+    global_scale: Tensor | None = None
+    input_scale: Tensor | None = None
+    input_zero: Tensor | None = None
     layout: str = "canonical"
 
     def __post_init__(self) -> None:
@@ -139,7 +128,15 @@ class QuantWeight:
                 raise BadCheckpoint(
                     f"{name} is {list(tensor.shape)}, a {self.scheme} {self.shape} weight has {list(shape)}"
                 )
-        for name, present in (("zero", self.scheme.zero_point), ("order", self.scheme.act_order)):
+        activation = self.scheme.activation
+        for name, present in (
+            ("zero", self.scheme.zero_point),
+            ("order", self.scheme.act_order),
+            ("table", self.scheme.kind.has_table),
+            ("global_scale", self.scheme.global_scale),
+            ("input_scale", activation is not None and activation.needs_scale),
+            ("input_zero", activation is not None and activation.static and not activation.symmetric),
+        ):
             if (getattr(self, name) is not None) != present:
                 raise BadCheckpoint(f"{name} is {'missing' if present else 'given'} for a {self.scheme} weight")
 
@@ -164,19 +161,26 @@ class QuantWeight:
 
 
 def canonical_specs(scheme: Scheme, shape: LinearShape) -> dict[str, tuple[int, ...]]:
-    """The shapes of ``q``, ``scale``, ``zero`` and ``order`` in the canonical layout."""
+    """The shapes of the tensors of the canonical layout, of those too that this scheme does without."""
     outputs, inputs = scheme.block
-    blocks = (-(-shape.out_features // outputs), -(-shape.in_features // inputs))
+    blocks: tuple[int, ...] = (-(-shape.out_features // outputs), -(-shape.in_features // inputs))
+    if scheme.flat:
+        blocks = (-(-shape.out_features * shape.in_features // inputs),)
     row = -(-shape.in_features * scheme.kind.bits // 8)
-    return {"q": (shape.out_features, row), "scale": blocks, "zero": blocks, "order": (shape.in_features,)}
+    single = dict.fromkeys(("global_scale", "input_scale", "input_zero"), (1,))
+    layer = {"q": (shape.out_features, row), "scale": blocks, "zero": blocks, "order": (shape.in_features,)}
+    return layer | {"table": (16,)} | single
 
 
 def canonical_bytes(scheme: Scheme, shape: LinearShape, scale_dtype: torch.dtype) -> int:
     """Bytes of a canonical weight, without building it."""
     specs = canonical_specs(scheme, shape)
-    codes, blocks = specs["q"][0] * specs["q"][1], specs["scale"][0] * specs["scale"][1]
+    codes, blocks = math.prod(specs["q"]), math.prod(specs["scale"])
     order = 4 * shape.in_features if scheme.act_order else 0
-    return codes + blocks * (scale_dtype.itemsize + scheme.zero_point) + order
+    activation = scheme.activation
+    singles = scheme.global_scale + (activation.needs_scale * (2 - activation.symmetric) if activation else 0)
+    table = 64 if scheme.kind.has_table else 0
+    return codes + blocks * (scale_dtype.itemsize + scheme.zero_point) + order + table + 4 * singles
 
 
 class QuantMethod(ABC):
@@ -186,6 +190,11 @@ class QuantMethod(ABC):
     """
 
     name: ClassVar[str]
+    opaque: ClassVar[frozenset[str]] = frozenset()
+    """Local names of tensors whose bits are codes whatever their dtype says: not checked for NaN."""
+
+    executes_inputs_on: ClassVar[frozenset[str] | None] = None
+    """Types of device on which the format's own library quantizes inputs; ``None``: on every one."""
 
     @classmethod
     @abstractmethod
@@ -212,13 +221,23 @@ class QuantMethod(ABC):
     def dense_reason(self, layer: str) -> str:
         """Why a layer for which :meth:`scheme_for` returned ``None`` is dense."""
 
+    def ignored(self, name: str) -> str | None:
+        """Why a stored tensor that no layer wants may be left out; ``None``: it may not."""
+        return None
+
     @abstractmethod
     def tensors(self, layer: str, shape: LinearShape) -> dict[str, TensorSpec]:
-        """The tensors of a quantized layer on disk, by local name (``qweight``, ...); the bias is not listed."""
+        """The tensors of a quantized layer on disk, by local name (``qweight``, ...); the bias is not listed.
+        A local name may have dots in it."""
 
     @abstractmethod
     def repack(self, tensors: Mapping[str, Tensor], scheme: Scheme, shape: LinearShape) -> QuantWeight:
-        """The canonical weight; does not modify its input."""
+        """The canonical weight; does not modify its input. ``scheme`` may be without the activation quantization that
+        :meth:`scheme_for` found (weight only); the weight then is as well."""
+
+    def unmatched(self, layers: Iterable[str]) -> list[str]:
+        """Entries of the configuration that name none of these layers, for people to see."""
+        return []
 
 
 class LinearKernel(ABC):

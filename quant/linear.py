@@ -11,7 +11,16 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from quant.base import BadCheckpoint, LinearKernel, LinearShape, QuantMethod, QuantWeight, Scheme, TensorSpec
+from quant.base import (
+    BadCheckpoint,
+    LinearKernel,
+    LinearShape,
+    QuantError,
+    QuantMethod,
+    QuantWeight,
+    Scheme,
+    TensorSpec,
+)
 
 
 class QuantLinear(nn.Module):
@@ -35,23 +44,30 @@ class QuantLinear(nn.Module):
         self.out_features = shape.out_features
         self._stored = tuple(tensors)
         for local, spec in tensors.items():
-            self.register_buffer(local, torch.empty(spec.shape, dtype=spec.dtype))
+            self.register_buffer(buffer_name(local), torch.empty(spec.shape, dtype=spec.dtype))
         bias = nn.Parameter(torch.empty(shape.out_features, dtype=dtype), requires_grad=False) if shape.bias else None
-        self.bias = bias
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", bias)
         self.quant_weight: QuantWeight | None = None
 
     def finish(self, method: QuantMethod) -> None:
         """Repack the loaded tensors for the kernel and free them. Raises :class:`BadCheckpoint` on values that cannot be."""
-        tensors = {local: getattr(self, local) for local in self._stored}
+        tensors = {local: getattr(self, buffer_name(local)) for local in self._stored}
         for local, tensor in tensors.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            if local not in method.opaque and tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
                 broken = int((~torch.isfinite(tensor.float())).sum())
                 raise BadCheckpoint(
                     f"{self.name}.{local}: {broken} of {tensor.numel()} values are NaN or infinite. The file is damaged."
                 )
-        weight = method.repack(tensors, self.scheme, self.shape)
+        try:
+            weight = method.repack(tensors, self.scheme, self.shape)
+        except QuantError as error:
+            raise type(error)(f"{self.name}: {error}") from error
+        self.scheme = weight.scheme  # may be simpler than planned: no zero points, no order
+        if self.bias is not None and not self.bias.any():  # auto-gptq stores one for every layer
+            self.bias = None
         for local in self._stored:
-            delattr(self, local)
+            delattr(self, buffer_name(local))
         self._stored = ()
         self.quant_weight = self.kernel.prepare(weight)
 
@@ -68,6 +84,11 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.shape}, {self.scheme}, kernel={self.kernel.name}, bias={self.shape.bias}"
+
+
+def buffer_name(local: str) -> str:
+    """The buffer that holds a stored tensor until it is repacked; torch wants no dots in it (``weight.absmax``)."""
+    return local.replace(".", "_")
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -12,11 +12,31 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from quant.base import QuantMethod, TensorSpec, UnsupportedCheckpoint
+from quant.refused import refusal
 
 ENTRY_POINTS = "relinear.quant_methods"
-BUILT_IN = {"awq": "quant.methods.awq:AWQ"}
-ALIASES = {"awq_marlin": "awq"}
-"""Other runtimes' spellings that name a format together with a kernel."""
+BUILT_IN = {
+    "auto-round": "quant.methods.auto_round:AutoRound",
+    "awq": "quant.methods.awq:AWQ",
+    "bitsandbytes": "quant.methods.bnb:BitsAndBytes",
+    "compressed-tensors": "quant.methods.compressed:CompressedTensors",
+    "fp8": "quant.methods.fp8:FP8",
+    "gptq": "quant.methods.gptq:GPTQ",
+    "modelopt": "quant.methods.modelopt:ModelOpt",
+}
+ALIASES = {
+    "auto_round": "auto-round",
+    "autoround": "auto-round",
+    "awq_marlin": "awq",
+    "bnb": "bitsandbytes",
+    "compressed_tensors": "compressed-tensors",
+    "fbgemm_fp8": "fp8",
+    "gptq_marlin": "gptq",
+    "marlin": "gptq",
+    "modelopt_fp8": "modelopt",
+    "mxfp8": "fp8",
+}
+"""Other spellings: of other runtimes, some of which name a format together with a kernel, and of a format's dialects."""
 
 
 def known_methods() -> list[str]:
@@ -39,10 +59,10 @@ def resolve(config: Mapping[str, Any], headers: Mapping[str, TensorSpec], asked:
     method answers, if two do, or if the answer is not the one asked for.
     """
     stored = str(config.get("quant_method", "")).lower()
-    if stored == "gguf":
-        raise UnsupportedCheckpoint("quant_method is 'gguf': GGUF is not supported, by design.")
     answers = [method for name in known_methods() if (method := method_class(name).from_checkpoint(config, headers))]
     known = ", ".join(known_methods())
+    if not answers and (why := refusal(stored)):
+        raise UnsupportedCheckpoint(f"quant_method {stored!r} is not supported: {why} Known formats: {known}.")
     if not answers:
         raise UnsupportedCheckpoint(
             f"quant_method {stored!r} is not supported; known: {known}. Use a copy of the model in one of these formats."

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -64,35 +64,46 @@ def rename_headers(checkpoint: Checkpoint, model: nn.Module) -> Headers:
             merged[stored] = name
             continue
         # Transformers adds or strips the base prefix only for names of the state dict, where qweight and the like are not.
-        module, _, local = name.rpartition(".")
-        for candidate in (module, f"{prefix}.{module}", module.removeprefix(f"{prefix}.")):
-            if candidate in modules:
-                name = f"{candidate}.{local}" if candidate else local
-                break
-        tensors[name] = spec
+        tensors[_in_tree(name, modules, prefix)] = spec
     return Headers(tensors, merged)
 
 
+def _in_tree(name: str, modules: Collection[str], prefix: str) -> str:
+    """The name with the base prefix that its module has in the tree. What follows the module may have dots of its own:
+    bitsandbytes stores ``weight.absmax``."""
+    for place in (place for place in reversed(range(len(name))) if name[place] == "."):
+        module, local = name[:place], name[place + 1 :]
+        for candidate in (module, f"{prefix}.{module}", module.removeprefix(f"{prefix}.")):
+            if candidate in modules:
+                return f"{candidate}.{local}" if candidate else local
+    return name
+
+
 def balance(
-    checkpoint: Checkpoint, model: nn.Module, headers: Headers, quantized: Mapping[str, Collection[str]]
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    headers: Headers,
+    quantized: Mapping[str, Collection[str]],
+    ignored_by_format: Callable[[str], str | None] = lambda name: None,
 ) -> Account:
-    """Match headers and tree. ``quantized`` maps each quantized layer to the local names of its stored tensors.
+    """Match headers and tree. ``quantized`` maps each quantized layer to the local names of its stored tensors;
+    ``ignored_by_format`` says why a tensor that nobody wants may be left out.
 
     Raises :class:`LoadError` if a dense tensor has another shape than its parameter, or is stored as quantized codes.
     """
     state = model.state_dict()
     replaced = {f"{layer}.weight" for layer in quantized}
+    codes = {f"{layer}.{local}" for layer, locals_ in quantized.items() for local in locals_}
     claimed: set[str] = set()
     ignored: dict[str, str] = {}
     unclaimed: list[str] = []
     for name, spec in headers.tensors.items():
-        layer, _, local = name.rpartition(".")
-        if local in quantized.get(layer, ()):
-            claimed.add(name)
-        elif name in state and name not in replaced:
+        if name in state and name not in replaced:
             _check_dense(name, spec, state[name])
             claimed.add(name)
-        elif reason := _ignorable(name, model):
+        elif name in codes:
+            claimed.add(name)
+        elif reason := ignored_by_format(name) or _ignorable(name, model):
             ignored[name] = reason
         else:
             unclaimed.append(name)
@@ -106,7 +117,7 @@ def balance(
     for target, sources in parts.items():
         _check_parts(target, {name: checkpoint.tensors[name] for name in sources}, state[target])
         claimed.add(target)
-    return Account(ignored, tuple(unclaimed), _missing(model, state.keys() - replaced, claimed))
+    return Account(ignored, tuple(unclaimed), _missing(model, state.keys() - replaced, claimed - replaced))
 
 
 def check_stored(name: str, found: TensorSpec | None, expected: TensorSpec) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from itertools import pairwise
@@ -20,13 +19,19 @@ import torch
 
 from quant.base import TensorSpec
 from runtime.errors import LoadError
+from runtime.files import (
+    GGUF_REFUSAL,
+    check_index,
+    read_json,
+    refuse_gguf_folder,
+    refuse_unreadable,
+    weight_files,
+    weights_name,
+)
 
 BUNDLED = {"demo": "awq", "demo-bf16": "bf16"}
 """Names that stand for the model that ships with the package, wherever a model path is taken."""
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 
 DTYPES = {
@@ -36,6 +41,8 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
@@ -45,20 +52,16 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 
-GGUF_REFUSAL = (
-    "{what}: GGUF is not supported, by design. Use the original repository of the model, or dequantize it with "
-    "AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE, "
-    "quantization_config=GgufConfig(dequantize=True)).save_pretrained(OUT) and load OUT."
-)
-
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """``tensors`` maps every stored name to its shape and dtype, ``quantization`` is the quantization configuration
-    wherever it was found (``quantization_source`` says where), or ``None``."""
+    """``weights`` is the name of the one file that holds the tensors, or of the index that names the ``files`` that do.
+    ``tensors`` maps every stored name to its shape and dtype, ``quantization`` is the quantization configuration wherever
+    it was found (``quantization_source`` says where), or ``None``."""
 
     name: str
     folder: Path
+    weights: str
     files: tuple[Path, ...]
     config: dict[str, Any]
     quantization: dict[str, Any] | None
@@ -73,7 +76,7 @@ class Checkpoint:
         """
         _refuse_gguf_name(str(name))
         folder = locate(str(name), revision, code=code)
-        _refuse_gguf_folder(folder)
+        refuse_gguf_folder(folder)
         if (folder / "adapter_config.json").is_file():
             raise LoadError(
                 f"{folder} is an adapter (adapter_config.json), not a model. Merge it into its base model first."
@@ -82,7 +85,8 @@ class Checkpoint:
         quantization, source = _find_quantization(config, folder)
         if str((quantization or {}).get("quant_method", "")).lower() == "gguf":
             raise LoadError(GGUF_REFUSAL.format(what=f"{folder} ({source}: quant_method gguf)"))
-        files = _weight_files(folder)
+        weights = weights_name(folder, quantization or {})
+        files = weight_files(folder, weights)
         tensors: dict[str, TensorSpec] = {}
         for file in files:
             for tensor, spec in read_header(file).items():
@@ -91,8 +95,8 @@ class Checkpoint:
                         f"{file}: tensor {tensor} is stored in another shard as well. The checkpoint is damaged."
                     )
                 tensors[tensor] = spec
-        _check_index(folder, tensors)
-        return cls(str(name), folder, files, config, quantization, source, tensors)
+        check_index(folder, weights, tensors)
+        return cls(str(name), folder, weights, files, config, quantization, source, tensors)
 
     @property
     def nbytes(self) -> int:
@@ -139,30 +143,13 @@ def _download(repository: str, revision: str | None, more: list[str]) -> Path:
     try:
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
         if "*.safetensors" in more and not any(folder.glob("*.safetensors")):
-            _refuse_unreadable(repository, HfApi().list_repo_files(repository, revision=revision))
+            refuse_unreadable(repository, HfApi().list_repo_files(repository, revision=revision))
         return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise LoadError(
             f"{repository}: no such folder here, and the Hub did not give it ({type(error).__name__}: {error}). "
             "Check the name and the network, or pass the path of a local folder."
         ) from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; anything else is a :class:`LoadError`."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise LoadError(f"{path} is missing: {path.parent} is not a Transformers checkpoint.") from error
-    except OSError as error:
-        raise LoadError(f"{path} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise LoadError(f"{path} is not valid JSON ({error}). The file is damaged; fetch it again.") from error
-    if not isinstance(value, dict):
-        raise LoadError(
-            f"{path} holds a {type(value).__name__}, not a JSON object. The file is damaged; fetch it again."
-        )
-    return value
 
 
 def read_header(path: Path) -> dict[str, TensorSpec]:
@@ -214,65 +201,6 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
     return specs
 
 
-def _weight_files(folder: Path) -> tuple[Path, ...]:
-    """The safetensors files that make up the checkpoint, sorted."""
-    index = folder / INDEX_FILE
-    if (folder / SINGLE_FILE).is_file():
-        return (folder / SINGLE_FILE,)
-    if index.is_file():
-        files = []
-        for name in sorted(set(_weight_map(index).values())):
-            path = folder / name
-            if Path(name).name != name:
-                raise LoadError(f"{index} names {name!r}, which is not a plain file name. Refused.")
-            if not path.is_file():
-                raise LoadError(f"{index} names {name}, which is missing from {folder}. Fetch the missing shard.")
-            files.append(path)
-        return tuple(files)
-    found = sorted(path.name for path in folder.iterdir())
-    _refuse_unreadable(str(folder), found)
-    raise LoadError(
-        f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; it holds: {', '.join(found[:10]) or 'nothing'}."
-    )
-
-
-def _refuse_unreadable(where: str, names: Sequence[str]) -> None:
-    """Say by name why a folder or repository without safetensors files cannot be loaded, if its files show it."""
-    gguf = [name for name in names if name.lower().endswith(".gguf")]
-    if gguf:
-        raise LoadError(GGUF_REFUSAL.format(what=f"{where}/{gguf[0]}"))
-    pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
-    if pickles:
-        raise LoadError(
-            f"{where} has only pickled weights ({', '.join(pickles[:3])}), and unpickling runs code from the file. "
-            "Use a safetensors copy of the model, or convert it on a machine you can afford to lose."
-        )
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    content = read_json(index)
-    if "metadata" not in content:
-        raise LoadError(f'{index} has no "metadata", which Transformers needs. Add "metadata": {{}} to it.')
-    weights = content.get("weight_map")
-    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights.values()):
-        raise LoadError(
-            f"{index} has no weight_map from tensor names to file names. The file is damaged; fetch it again."
-        )
-    return weights
-
-
-def _check_index(folder: Path, tensors: Iterable[str]) -> None:
-    """Every tensor that the index promises is in a shard."""
-    if (folder / SINGLE_FILE).is_file() or not (folder / INDEX_FILE).is_file():
-        return
-    absent = sorted(set(_weight_map(folder / INDEX_FILE)) - set(tensors))
-    if absent:
-        raise LoadError(
-            f"{folder / INDEX_FILE} names {len(absent)} tensors that no shard holds, e.g. {', '.join(absent[:3])}. "
-            "The checkpoint is damaged; fetch the shards again."
-        )
-
-
 def _find_quantization(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any] | None, str]:
     """The quantization configuration and where it stands; nested places are those that vLLM and Transformers read."""
     text = config.get("text_config")
@@ -286,7 +214,7 @@ def _find_quantization(config: dict[str, Any], folder: Path) -> tuple[dict[str, 
     ]
     for name in ("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json"):
         if (folder / name).is_file():
-            places.append((name, read_json(folder / name)))
+            places.append((name, _side_file(name, read_json(folder / name))))
     for source, found in places:
         if found is None:
             continue
@@ -296,18 +224,24 @@ def _find_quantization(config: dict[str, Any], folder: Path) -> tuple[dict[str, 
     return None, ""
 
 
+def _side_file(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    """The content of a side file, with the method that its old writers took for granted: auto-gptq in
+    ``quantize_config.json``, AutoAWQ and llm-awq in ``quant_config.json``."""
+    method = found.get("quant_method") or found.get("method")
+    if method is None and name == "quantize_config.json":
+        awq = str(found.get("version") or "").lower().startswith(("gemm", "gemv"))
+        method = "awq" if awq else "gptq"
+    if method is None and name == "quant_config.json":
+        method = "awq"
+    return found if method is None else found | {"quant_method": method}
+
+
 def _refuse_gguf_name(name: str) -> None:
     lowered = name.lower()
     if Path(name).is_dir():
         return
     if lowered.endswith(".gguf") or re.search(r":i?q\d", lowered):
         raise LoadError(GGUF_REFUSAL.format(what=name))
-
-
-def _refuse_gguf_folder(folder: Path) -> None:
-    gguf = sorted(path.name for path in folder.glob("*") if path.suffix.lower() == ".gguf")
-    if gguf and not any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
-        _refuse_unreadable(str(folder), gguf)
 
 
 def _has_key(value: Any, key: str) -> bool:

@@ -16,11 +16,13 @@ class EngineConfig:
     """``None`` means: decided from the model and the memory that is there, and reported.
 
     ``quantization`` confirms the checkpoint's format; ``kernel`` and ``attention_backend`` choose by name and fail rather
-    than fall back. ``max_model_len`` is the longest prompt and answer together, ``max_total_tokens`` (or
-    ``kv_cache_memory``, bytes or ``"2GiB"``) the size of the KV cache, ``max_num_batched_tokens`` the tokens of one
-    forward pass and ``max_num_seqs`` the requests that run at once. ``kv_cache_dtype`` is ``auto`` (the model's), ``bf16``,
-    ``fp8_e4m3`` or ``int8``. ``max_queued_requests`` may wait for that, at most ``queue_timeout`` seconds, and must be done
-    after ``request_timeout`` (``None``: no limit). ``skip_tokenizer_init`` takes and gives token ids only.
+    than fall back. ``weight_only`` says whether layers' inputs are left alone where a checkpoint wants them quantized
+    (``None``: as the format's own library does on this device). ``max_model_len`` is the longest prompt and answer
+    together, ``max_total_tokens`` (or ``kv_cache_memory``, bytes or ``"2GiB"``) the size of the KV cache,
+    ``max_num_batched_tokens`` the tokens of one forward pass and ``max_num_seqs`` the requests that run at once.
+    ``kv_cache_dtype`` is ``auto`` (the model's), ``bf16``, ``fp8_e4m3`` or ``int8``. ``max_queued_requests`` may wait for
+    that, at most ``queue_timeout`` seconds, and must be done after ``request_timeout`` (``None``: no limit).
+    ``skip_tokenizer_init`` takes and gives token ids only.
     """
 
     model: str
@@ -28,6 +30,7 @@ class EngineConfig:
     skip_tokenizer_init: bool = False
     quantization: str | None = None
     kernel: str | None = None
+    weight_only: bool | None = None
     attention_backend: str | None = None
     dtype: str | torch.dtype = "auto"
     device: str | torch.device = "auto"

@@ -74,6 +74,7 @@ class Engine:
             device=config.device,
             quantization=config.quantization,
             kernel=config.kernel,
+            weight_only=config.weight_only,
             trust_remote_code=config.trust_remote_code,
         )
         plan.require_complete()

@@ -39,6 +39,7 @@ def inspect(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     attention_backend: str | None = None,
+    weight_only: bool | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> Inspection:
@@ -51,6 +52,7 @@ def inspect(
         device=device,
         quantization=quantization,
         kernel=kernel,
+        weight_only=weight_only,
         trust_remote_code=trust_remote_code,
     )
     try:

@@ -7,6 +7,7 @@ documented extension point, swaps the planned linears on the meta device before,
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 from collections.abc import Collection, Iterator
@@ -19,13 +20,14 @@ import psutil
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quant.base import QuantError
-from quant.linear import QuantLinear, set_module
+from quant.linear import QuantLinear, buffer_name, set_module
 from runtime.checkpoint import Checkpoint
 from runtime.errors import LoadError
 from runtime.plan import LoadPlan, make_plan
@@ -54,8 +56,17 @@ class PlannedQuantizer(HfQuantizer):
 
     requires_calibration = True  # only checkpoints that are already quantized
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
         plan: LoadPlan = self.quantization_config.plan
+        # Our own report names what was left out and why; Transformers' need not warn of it again.
+        unexpected = [rf"^{re.escape(name)}$" for name in plan.account.ignored]
+        known = model._keys_to_ignore_on_load_unexpected or ()
+        model._keys_to_ignore_on_load_unexpected = {*known, *unexpected}
+        # A quantized layer has no weight that it could share with the embedding.
+        replaced = {f"{module.name}.weight" for module in plan.quantized}
+        ties: Any = getattr(model, "all_tied_weights_keys", {})
+        for name in replaced & ties.keys():
+            del ties[name]
         with torch.device("meta"):
             for module in plan.quantized:
                 assert module.scheme is not None
@@ -71,6 +82,12 @@ class PlannedQuantizer(HfQuantizer):
             if isinstance(module, QuantLinear):
                 module.finish(method)
         return model
+
+    def get_weight_conversions(self) -> list[Any]:
+        """Stored names that no buffer can have."""
+        stored = {local for module in self.quantization_config.plan.quantized for local in module.stored}
+        dotted = sorted(local for local in stored if buffer_name(local) != local)
+        return [WeightRenaming(rf"\.{re.escape(local)}$", f".{buffer_name(local)}") for local in dotted]
 
     def is_serializable(self) -> bool:
         return False
@@ -98,6 +115,7 @@ def load(plan: LoadPlan, attn_implementation: str | None = None) -> LoadedModel:
     plan.require_complete()
     started = time.perf_counter()
     config = plan.config
+    config.transformers_weights = plan.checkpoint.weights  # the file that was checked, whatever config.json names
     if plan.method is not None:
         config.quantization_config = {"quant_method": QUANTIZER, "plan": plan}
     try:
@@ -116,6 +134,8 @@ def load(plan: LoadPlan, attn_implementation: str | None = None) -> LoadedModel:
         raise LoadError(f"{plan.checkpoint.folder}: {error}") from error
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         raise LoadError(f"{plan.checkpoint.folder}: Transformers could not load it: {error}") from error
+    for carrier in (config, model.config):  # it would be saved, and name a file that is not there
+        vars(carrier).pop("transformers_weights", None)
     _check_report(plan, model, info)
     model.eval()
     return LoadedModel(model, plan, time.perf_counter() - started, peak_rss())
@@ -129,6 +149,7 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     attn_implementation: str | None = None,
+    weight_only: bool | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> nn.Module:
@@ -136,7 +157,8 @@ def load_model(
     ``model.generate`` work as usual, no engine is involved.
 
     ``path`` is a folder, a Hub repository or ``demo`` / ``demo-bf16``. ``quantization`` confirms the format, ``kernel``
-    chooses what multiplies. Raises :class:`LoadError`.
+    chooses what multiplies, ``weight_only`` says whether the quantization of inputs that a checkpoint may ask
+    for is left out (``None``: as the format's own library does on this device). Raises :class:`LoadError`.
     """
     checkpoint = Checkpoint.open(path, revision, code=trust_remote_code)
     plan = make_plan(
@@ -145,6 +167,7 @@ def load_model(
         device=device,
         quantization=quantization,
         kernel=kernel,
+        weight_only=weight_only,
         trust_remote_code=trust_remote_code,
     )
     loaded = load(plan, attn_implementation)

@@ -14,7 +14,9 @@ from typing import Any, NoReturn
 
 from runtime.errors import InvalidRequest
 
-LOADING = ("quantization", "kernel", "attention_backend", "dtype", "device", "trust_remote_code", "revision")
+LOADING = (
+    "quantization", "kernel", "weight_only", "attention_backend", "dtype", "device", "trust_remote_code", "revision",
+)  # fmt: skip
 ENGINE = (
     "tokenizer", "skip_tokenizer_init", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_total_tokens",
     "kv_cache_memory", "kv_cache_dtype", "enable_prefix_caching",
@@ -58,6 +60,11 @@ def loading_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--quantization", "-q", metavar="FORMAT", help="the format you expect, e.g. awq; only confirms")
     group.add_argument("--kernel", metavar="NAME", help="what multiplies by quantized weights; default: the best here")
+    group.add_argument(
+        "--weight-only",
+        action=argparse.BooleanOptionalAction,
+        help="leave layers' inputs alone where the checkpoint wants them quantized; default: as the format's own library",
+    )
     group.add_argument("--attention-backend", metavar="NAME", help="what attends; default: the best here")
     group.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 (half) or float32 (default: auto)")
     group.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")

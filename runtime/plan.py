@@ -8,15 +8,15 @@ cannot work is refused here, not after minutes of loading. ``relinear inspect`` 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from quant import kernels, registry
-from quant.base import LinearShape, NoKernel, QuantError, QuantMethod, Scheme, TensorSpec, canonical_bytes
-from runtime.accounting import Account, balance, check_stored, rename_headers
+from quant.base import Activation, LinearShape, NoKernel, QuantError, QuantMethod, Scheme, TensorSpec, canonical_bytes
+from runtime.accounting import DENSE_DTYPES, Account, balance, check_stored, rename_headers
 from runtime.checkpoint import Checkpoint, tensor_bytes
 from runtime.errors import LoadError
 from runtime.skeleton import build_meta_model, read_model_config, resolve_device, resolve_dtype
@@ -25,7 +25,8 @@ from runtime.skeleton import build_meta_model, read_model_config, resolve_device
 @dataclass(frozen=True)
 class ModulePlan:
     """One linear layer. ``choice`` ``None`` means dense, and ``reason`` says why; otherwise ``reason`` tells what the
-    kernel runs and who was asked before it. ``nbytes`` is the weight's size once loaded."""
+    kernel runs and who was asked before it. ``nbytes`` is the weight's size once loaded, ``dropped`` the activation
+    quantization that the checkpoint asks for and that is left out."""
 
     name: str
     shape: LinearShape
@@ -34,6 +35,7 @@ class ModulePlan:
     choice: kernels.Choice | None
     reason: str
     nbytes: int
+    dropped: Activation | None = None
 
     @property
     def bf16_bytes(self) -> int:
@@ -112,12 +114,15 @@ def make_plan(
     device: str | torch.device = "auto",
     quantization: str | None = None,
     kernel: str | None = None,
+    weight_only: bool | None = None,
     trust_remote_code: bool = False,
 ) -> LoadPlan:
     """The plan for a checkpoint on a device.
 
-    ``quantization`` confirms the checkpoint's format, ``kernel`` chooses the kernel; neither affects the other. Raises
-    :class:`LoadError`; tensors without owner or source are left to :meth:`LoadPlan.require_complete`.
+    ``quantization`` confirms the checkpoint's format, ``kernel`` chooses the kernel; neither affects the other. ``weight_only``
+    true leaves the inputs of layers alone where the checkpoint wants them quantized, false never does; ``None`` does
+    what the format's own library does on this device. Raises :class:`LoadError`; tensors without owner or source are
+    left to :meth:`LoadPlan.require_complete`.
     """
     place = resolve_device(device)
     config = read_model_config(checkpoint, trust_remote_code)
@@ -131,11 +136,11 @@ def make_plan(
             raise NoKernel(
                 f"--kernel {kernel} multiplies by quantized weights, and this checkpoint has none. Leave it out."
             )
-        modules = _plan_linears(model, method, headers.tensors, place, precision, kernel)
+        modules = _plan_linears(model, method, headers.tensors, place, precision, kernel, weight_only)
     except QuantError as error:
         raise LoadError(f"{checkpoint.folder}: {error}") from error
-    quantized = {name: module.stored for name, module in modules.items() if module.scheme is not None}
-    account = balance(checkpoint, model, headers, quantized)
+    quantized = {name: {*module.stored, "bias"} for name, module in modules.items() if module.scheme is not None}
+    account = balance(checkpoint, model, headers, quantized, method.ignored if method else lambda name: None)
     other = _other_bytes(model, modules, precision)
     return LoadPlan(
         checkpoint, config, precision, note, place, trust_remote_code, method, modules, other, account
@@ -156,10 +161,13 @@ def _plan_linears(
     device: torch.device,
     dtype: torch.dtype,
     asked: str | None,
+    weight_only: bool | None,
 ) -> dict[str, ModulePlan]:
     """A plan for every ``nn.Linear``; subclasses are left alone, their forward does something else."""
     tied = getattr(model, "all_tied_weights_keys", {})
     plans: dict[str, ModulePlan] = {}
+    executes = method is None or method.executes_inputs_on is None or device.type in method.executes_inputs_on
+    left_alone = not executes if weight_only is None else weight_only
     for name, module in model.named_modules():
         if type(module) is not nn.Linear:
             continue
@@ -172,6 +180,14 @@ def _plan_linears(
             reason = f"shares the weight of {tied[f'{name}.weight']}" if shares else reason
             plans[name] = ModulePlan(name, shape, {}, None, None, reason, size)
             continue
+        if not shape.bias and (bias := headers.get(f"{name}.bias")):
+            # auto-gptq stores one, mostly of zeros, for every layer; if it is not zero, it was meant.
+            shape = replace(shape, bias=True)
+            dtype_stored = bias.dtype if bias.dtype in DENSE_DTYPES else torch.float16
+            check_stored(f"{name}.bias", bias, TensorSpec((shape.out_features,), dtype_stored))
+        dropped = scheme.activation if left_alone else None
+        if dropped is not None:
+            scheme = replace(scheme, activation=None)
         stored = method.tensors(name, shape)
         for local, expected in stored.items():
             check_stored(f"{name}.{local}", headers.get(f"{name}.{local}"), expected)
@@ -181,8 +197,9 @@ def _plan_linears(
             raise NoKernel(f"{name}: {error}") from error
         refusals = [f"{other} refused: {why}" for other, why in choice.refusals.items()]
         reason = "; ".join([choice.kernel.summary, *refusals])
-        scale = next((spec.dtype for local, spec in stored.items() if "scale" in local), torch.float32)
-        plans[name] = ModulePlan(name, shape, stored, scheme, choice, reason, canonical_bytes(scheme, shape, scale))
+        scale = next((spec.dtype for local, spec in stored.items() if "scale" in local or local == "s"), torch.float32)
+        size = canonical_bytes(scheme, shape, scale)
+        plans[name] = ModulePlan(name, shape, stored, scheme, choice, reason, size, dropped)
     if method and not any(plan.scheme for plan in plans.values()):
         raise LoadError(
             f"quantization_config says {method.summary}, but no linear layer of {type(model).__name__} is stored so. "

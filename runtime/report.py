@@ -63,6 +63,9 @@ def plan_lines(plan: LoadPlan) -> list[tuple[str, str]]:
     ]
     for (kernel, reason), count in Counter((m.kernel, m.reason) for m in plan.quantized).items():
         lines.append(("kernel", f"{kernel} for {count} linear layers ({reason})"))
+    lines += _input_lines(plan)
+    for why, count in Counter(plan.account.ignored.values()).items():
+        lines.append(("ignored", f"{count} stored tensors: {why}"))
     for reason, names in _dense(plan).items():
         lines.append(("dense", f"{_collapse(names)}: {reason}"))
     return lines
@@ -90,8 +93,14 @@ def inspect_text(plan: LoadPlan, attention: Sequence[tuple[str, str]]) -> str:
         kind = plan.method.name if scheme and plan.method else "dense"
         size = format_bytes(sum(m.nbytes for m in modules))
         rows.append((name, kind, bits, str(scheme.group) if scheme else "-", kernel, size, reason))
-    lines = [*plan_lines(plan)[:3], *attention, ("load peak", f"{format_bytes(plan.peak_bytes)} predicted")]
+    lines = [
+        *plan_lines(plan)[:3],
+        *_input_lines(plan),
+        *attention,
+        ("load peak", f"{format_bytes(plan.peak_bytes)} predicted"),
+    ]
     account = plan.account
+    lines += [("unmatched", f"{entry} names no linear layer of this model") for entry in _unmatched(plan)]
     lines += [("ignored", f"{name}: {reason}") for name, reason in account.ignored.items()]
     lines += [("unclaimed", f"{name}: no module wants it; loading will refuse") for name in account.unclaimed]
     lines += [("missing", f"{name}: stored nowhere; loading will refuse") for name in account.missing]
@@ -120,11 +129,14 @@ def inspect_data(plan: LoadPlan, attention: Sequence[tuple[str, str]]) -> dict[s
                 "bits": module.scheme.kind.bits if module.scheme else 8 * plan.dtype.itemsize,
                 "group": module.scheme.group if module.scheme else None,
                 "kernel": module.kernel,
+                "inputs": str(module.scheme.activation) if module.scheme and module.scheme.activation else None,
+                "inputs_dropped": str(module.dropped) if module.dropped else None,
                 "why": module.reason,
                 "bytes": module.nbytes,
             }
             for module in plan.modules.values()
         ],
+        "unmatched": _unmatched(plan),
         "ignored": dict(plan.account.ignored),
         "unclaimed": list(plan.account.unclaimed),
         "missing": list(plan.account.missing),
@@ -133,6 +145,26 @@ def inspect_data(plan: LoadPlan, attention: Sequence[tuple[str, str]]) -> dict[s
 
 def _dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _unmatched(plan: LoadPlan) -> list[str]:
+    """Entries of the quantization configuration that are in vain."""
+    return plan.method.unmatched(plan.modules) if plan.method else []
+
+
+def _input_lines(plan: LoadPlan) -> list[tuple[str, str]]:
+    """Which linear layers quantize their inputs, and which would if they were run as the checkpoint says."""
+    lines = []
+    for (executed, dropped), count in Counter(
+        (m.scheme.activation, m.dropped) for m in plan.quantized if m.scheme
+    ).items():
+        if executed:
+            lines.append(("inputs", f"of {count} linear layers quantized, as the checkpoint says: {executed}"))
+        if dropped:
+            lines.append(
+                ("inputs", f"of {count} linear layers left alone (weight only); the checkpoint says: {dropped}")
+            )
+    return lines
 
 
 def _dense(plan: LoadPlan) -> dict[str, list[str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINTS = ROOT / "tests" / "checkpoints"
@@ -17,31 +18,124 @@ BEGIN, END = "<!-- formats: written by python -m tests.formats --write -->", "<!
 
 @dataclass(frozen=True)
 class Case:
-    """One committed checkpoint. ``tolerance``: largest difference of logits from the writer's own; the writers compute
-    in float16 or bfloat16."""
+    """One committed checkpoint, and how far logits may be from the writer's own.
+
+    ``tolerance`` is the largest difference, with any kernel; writers compute in float16 or bfloat16. ``None``: the writer's
+    logits are not those of the file, or there are none, and weights alone are compared. ``mean``: the mean difference
+    when we compute in the writer's ``dtype`` and arithmetic, which is the reference's. ``inputs`` are quantized too:
+    rounding moves their codes, so only the writer's dtype can reproduce it. ``bites``: logits alone would give a wrong
+    weight away; 8 bits move them too little. ``native``: the C kernel takes layers of it. ``logits``: the folder with those
+    of a gemm file of the same weights, where the writer could not run its own file.
+    """
 
     family: str
     variant: str
     writer: str
     checkpoint: str
-    tolerance: float
+    tolerance: float | None
+    mean: float | None = None
+    dtype: str = "float32"
+    inputs: bool = False
+    bites: bool = True
+    native: bool = True
+    logits: str | None = None
 
     @property
     def folder(self) -> Path:
         return CHECKPOINTS / self.checkpoint
 
+    @property
+    def reference(self) -> Path:
+        """The file with the logits to reproduce."""
+        return CHECKPOINTS / (self.logits or self.checkpoint) / "reference.safetensors"
 
-CASES = [
-    Case("AWQ", "gemm, 4 bit, group 128, zero points", "AutoAWQ 0.2.9", "autoawq--gemm-g128", 0.013),
-    Case("AWQ", "gemm, 4 bit, group 64, zero points", "AutoAWQ 0.2.9", "autoawq--gemm-g64", 0.013),
+
+FP16: dict[str, Any] = {"tolerance": 0.013}
+"""Writers that compute in float16."""
+FP32: dict[str, Any] = {"tolerance": 0.005}
+"""auto-gptq, which computes in float32."""
+BF16: dict[str, Any] = {"tolerance": 0.1, "mean": 0.01, "dtype": "bfloat16"}
+"""Writers that compute in bfloat16: the noise of their arithmetic, with quantized inputs or without."""
+EIGHT: dict[str, Any] = {"bites": False, "native": False}
+"""Weights of 8 bits."""
+WIDE = BF16 | EIGHT
+W8A8 = WIDE | {"inputs": True}
+LLM_INT8 = W8A8 | {"tolerance": 0.25, "mean": 0.025}
+"""Rounding inputs to int8 makes more of that noise: 2.5 times as much in the mean, so as much more at most."""
+WEIGHTS: dict[str, Any] = {"tolerance": None, "native": False}
+"""No logits to compare with."""
+BNB4: dict[str, Any] = {"tolerance": 0.1, "mean": 0.015, "native": False}
+"""bitsandbytes multiplies 4-bit weights on a CPU with arithmetic of its own. The measured noise is 0.01 to two decimals."""
+
+AUTOAWQ, GPTQMODEL, AUTOGPTQ, AUTOROUND = "AutoAWQ 0.2.9", "GPTQModel 7.7.0", "auto-gptq 0.7.1", "auto-round 0.15.1"
+BNB, TRANSFORMERS, MODELOPT = "bitsandbytes 0.50.2", "Transformers 5.23", "modelopt 0.47.0"
+CT, CT_OLD, LLMC = "compressed-tensors 0.20.0", "compressed-tensors 0.12.2", "llmcompressor 0.14.0"
+COMPRESSED = "compressed-tensors"
+
+INTEGER_CASES = [
+    Case("AWQ", "gemm, 4 bit, group 128, zero points", AUTOAWQ, "autoawq--gemm-g128", **FP16),
+    Case("AWQ", "gemm, 8 bit, zero points", GPTQMODEL, "gptqmodel--awq-gemm-w8", **FP16, **EIGHT),
+    Case("AWQ", "gemv, 4 bit, group 128", AUTOAWQ, "autoawq--gemv-g128", **FP16, logits="autoawq--gemm-g128"),
+    Case(
+        "AWQ", "gemv_fast, 4 bit, group 64", AUTOAWQ, "autoawq--gemv_fast-g64", **FP16, logits="autoawq--gemv_fast-g64"
+    ),
+    Case("AWQ", "marlin, 4 bit, symmetric", AUTOAWQ, "autoawq--marlin-g128", tolerance=None),
+    # It is what float64 gives as well: the file rounds embeddings and norms to float16, the writer ran without.
+    Case("GPTQ", "3 bit, zero points", AUTOGPTQ, "auto-gptq--w3g32-asym", tolerance=0.0065),
+    Case("GPTQ", "4 bit, act-order", AUTOGPTQ, "auto-gptq--w4g32-desc", **FP32),
+    Case("GPTQ", "4 bit, act-order, static groups", AUTOGPTQ, "auto-gptq--w4g32-desc-static", **FP32),
+    Case("GPTQ", "2 bit, symmetric", GPTQMODEL, "gptqmodel--gptq-w2-sym", **FP16),
+    Case("GPTQ", "gptq_p (planar), 3 bit", GPTQMODEL, "gptqmodel--gptq-w3-planar", **FP16),
+    Case("GPTQ", "gptq_v2, 4 bit, zero points", GPTQMODEL, "gptqmodel--gptq-w4-asym-v2", **FP16),
+    Case("GPTQ", "dynamic: 4 and 8 bit, dense, groups", GPTQMODEL, "gptqmodel--gptq-w4-dynamic", **FP16),
+    Case("GPTQ", "4 bit in int8 words", GPTQMODEL, "gptqmodel--gptq-w4-int8", **FP16),
+    Case("GPTQ", "4 bit, lm_head in 8 bit", GPTQMODEL, "gptqmodel--gptq-w4-lm-head", **FP16),
+    Case("AutoRound", "as AWQ gemm, zero points", AUTOROUND, "auto-round--auto_awq", tolerance=None),
+    Case("AutoRound", "auto_round:auto_gptq, symmetric", AUTOROUND, "auto-round--auto_round-sym", tolerance=None),
 ]
+"""Formats of integers that leave inputs alone."""
+
+FLOAT_CASES = [
+    Case("bitsandbytes", "NF4, double quantization, stored as bfloat16", BNB, "bitsandbytes--nf4-storage-bf16", **BNB4),
+    Case("bitsandbytes", "FP4", BNB, "bitsandbytes--fp4", **BNB4),
+    Case("bitsandbytes", "LLM.int8, inputs int8 except outliers", BNB, "bitsandbytes--int8", **LLM_INT8),
+    Case("FP8", "blocks of 128x128", TRANSFORMERS, "transformers-fp8--block128", **WIDE),
+    Case("FP8", "one scale, static inputs", TRANSFORMERS, "transformers-fp8--tensor-static", **WIDE),
+    Case("modelopt", "FP8, static inputs, KV scales dropped", MODELOPT, "modelopt--fp8-kv", **WEIGHTS),
+    Case("modelopt", "FP8_PB_WO", MODELOPT, "modelopt--fp8-pb-wo", **WIDE),
+    Case(COMPRESSED, "pack, 3 bit, group 64, zero points", CT, "compressed-tensors--w3a16-g64-asym", **BF16),
+    Case(COMPRESSED, "pack, quantized lm_head", CT, "compressed-tensors--lm-head-too", **BF16),
+    Case(COMPRESSED, "FP8, static inputs", CT, "compressed-tensors--fp8-static", **W8A8),
+    Case(COMPRESSED, "FP8, blocks, inputs per 128", CT, "compressed-tensors--fp8-block", **W8A8),
+    Case(COMPRESSED, "NVFP4 weights", CT, "compressed-tensors--nvfp4a16", **BF16, native=False),
+    Case(COMPRESSED, "MXFP4 weights", CT, "compressed-tensors--mxfp4a16", **BF16, native=False),
+    Case(
+        COMPRESSED,
+        "4-bit pack and FP8 by regular expression",
+        CT,
+        "compressed-tensors--mixed-regex",
+        **BF16,
+        inputs=True,
+    ),
+    Case(COMPRESSED, "3 bit in padded words", CT_OLD, "compressed-tensors-0.12--w3-padded", **FP16),
+    Case(COMPRESSED, "4 bit, act-order by group", CT_OLD, "compressed-tensors-0.12--w4-actorder-group", **FP16),
+    Case(COMPRESSED, "GPTQ, 4 bit, group 128", LLMC, "llmcompressor--gptq-w4a16", **BF16),
+    Case(COMPRESSED, "AWQ, 4 bit, group 64, zero points", LLMC, "llmcompressor--awq-w4-asym", **BF16),
+    Case(COMPRESSED, "int8, inputs per token", LLMC, "llmcompressor--w8a8-int8", **W8A8),
+    Case(COMPRESSED, "FP8, static inputs, KV scales dropped", LLMC, "llmcompressor--fp8-static-kv", **WEIGHTS),
+]
+"""Formats with floats or with quantized inputs, and compressed-tensors."""
+
+CASES = INTEGER_CASES + FLOAT_CASES
 
 
 def table() -> str:
-    """The table as Markdown: one row a case; what it runs on is asked of the kernels themselves."""
+    """The table as Markdown: one row a case."""
     rows = ["| format | variant | verified against | CPU | CUDA |", "|---|---|---|---|---|"]
     for case in CASES:
-        rows.append(f"| {case.family} | {case.variant} | {case.writer} | C kernel, reference | reference, not tested |")
+        cpu = "C kernel, reference" if case.native else "reference"
+        writer = f"{case.writer}, weights" if case.tolerance is None or case.logits else case.writer
+        rows.append(f"| {case.family} | {case.variant} | {writer} | {cpu} | reference, not tested |")
     rows.append("| none | float32, bfloat16, float16 | Transformers | torch | torch, not tested |")
     return "\n".join(rows)
 

@@ -116,6 +116,12 @@ class CpuKernel(LinearKernel):
     def refuses(self, scheme: Scheme, shape: LinearShape, device: torch.device) -> str | None:
         if device.type != "cpu":
             return f"runs on a CPU, not on {device.type}"
+        if scheme.activation is not None:
+            return f"leaves inputs as they are, this layer wants them {scheme.activation}; weight_only drops that"
+        if not scheme.kind.is_integer:
+            return f"multiplies weights that are integers, not {scheme.kind.value}"
+        if scheme.flat or scheme.global_scale:
+            return f"multiplies weights with one scale a group of a row and no other factor, not {scheme}"
         if scheme.kind.bits > 4:
             return f"multiplies weights of up to 4 bits, not {scheme.kind.value}"
         if sys.byteorder != "little":

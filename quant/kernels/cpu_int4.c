@@ -116,17 +116,26 @@ INLINE float load_x(const Job *job, int64_t row, int64_t group, int64_t at, int 
     return sum;
 }
 
-INLINE void store_y(const Job *job, int64_t row, int64_t tile, const float *values) {
-    int64_t to = row * job->outputs + tile * TILE;
-    int count = (int)min(TILE, job->outputs - tile * TILE);
+INLINE void store_outputs(const Job *job, int64_t at, int64_t first, const float *values, const int count) {
+    float bias[TILE] = {0};
     if (job->type == BFLOAT16) {
-        const uint16_t *bias = job->bias ? (const uint16_t *)job->bias + tile * TILE : 0;
-        for (int i = 0; i < count; i++)
-            ((uint16_t *)job->y)[to + i] = to_bf16(values[i] + (bias ? from_bf16(bias[i]) : 0));
+        if (job->bias)
+            for (int i = 0; i < count; i++) bias[i] = from_bf16(((const uint16_t *)job->bias)[first + i]);
+        uint16_t *y = (uint16_t *)job->y + at;
+        for (int i = 0; i < count; i++) y[i] = to_bf16(values[i] + bias[i]);
     } else {
-        const float *bias = job->bias ? (const float *)job->bias + tile * TILE : 0;
-        for (int i = 0; i < count; i++) ((float *)job->y)[to + i] = values[i] + (bias ? bias[i] : 0);
+        if (job->bias) memcpy(bias, (const float *)job->bias + first, count * 4);
+        float *y = (float *)job->y + at;
+        for (int i = 0; i < count; i++) y[i] = values[i] + bias[i];
     }
+}
+
+INLINE void store_y(const Job *job, int64_t row, int64_t tile, const float *values) {
+    int64_t first = tile * TILE, at = row * job->outputs + first;
+    if (job->outputs - first >= TILE)
+        store_outputs(job, at, first, values, TILE);
+    else
+        store_outputs(job, at, first, values, (int)(job->outputs - first));
 }
 
 // The rows that are packed and multiplied together, rounded up to a number there is code for.

@@ -1,15 +1,15 @@
-"""AWQ checkpoints (``quant_method: "awq"``): 4-bit groups along the inputs, as AutoAWQ writes them.
+"""AWQ checkpoints (``quant_method: "awq"``): groups along the inputs, as AutoAWQ, GPTQModel, llm-awq and auto-round write
+them.
 
-Version ``gemm``, the only one read so far: ``qweight int32 [in, out / 8]``, eight codes of neighbouring outputs a word in
-the order of :data:`quant.packing.AWQ_NIBBLE_OF_COLUMN`; ``scales [in / group, out]``; ``qzeros int32 [in / group, out / 8]``
-packed alike. ``W = (q - z) * s``, codes unsigned, nothing is added to the zeros. Source: AutoAWQ 0.2.9,
-``awq/modules/linear/gemm.py``.
+``W = (q - z) * s``, codes unsigned, nothing is added to the zeros. The versions differ in arrangement only:
+:mod:`quant.methods.awq_layouts`. Shape does not tell ``gemm`` from ``gemv`` where a layer is square; ``version`` does, and
+the layers that are not square confirm it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -25,19 +25,21 @@ from quant.base import (
     UnsupportedCheckpoint,
     WeightKind,
 )
-from quant.packing import pack_stream, unpack_awq
+from quant.matching import gptqmodel_rules
+from quant.methods.awq_layouts import LAYOUTS, Layout
+from quant.methods.selection import FORMAT, Options, Selection, read
+from quant.methods.settled import settled
 
-CODES_PER_WORD = 8
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+SPELLINGS = {"llm_awq": "llm-awq", "llmawq": "llm-awq", "gemvfast": "gemv_fast", "gemv-fast": "gemv_fast"}
 
 
 @dataclass(frozen=True)
 class AWQ(QuantMethod):
-    """``group_size`` -1 is one group a row."""
+    """``version`` is a key of :data:`quant.methods.awq_layouts.LAYOUTS`."""
 
-    group_size: int
-    zero_point: bool
-    skipped: tuple[str, ...]
+    version: str
+    selection: Selection
     headers: Mapping[str, TensorSpec]
 
     name: ClassVar[str] = "awq"
@@ -46,31 +48,28 @@ class AWQ(QuantMethod):
     def from_checkpoint(cls, config: Mapping[str, Any], headers: Mapping[str, TensorSpec]) -> Self | None:
         if str(config.get("quant_method", "")).lower() != cls.name:
             return None
-        version = str(config.get("version") or config.get("format") or "gemm").lower()
-        if version != "gemm":
+        version = version_of(config)
+        if version not in LAYOUTS:
             raise UnsupportedCheckpoint(
-                f"AWQ version {version!r} (quantization_config: version) is not supported, only 'gemm'. "
+                f"AWQ version {version!r} (quantization_config: version) is not supported, only {', '.join(LAYOUTS)}. "
                 "Convert the checkpoint with the tool that wrote it, or use a gemm copy of the model."
             )
-        bits = config.get("bits", config.get("w_bit", 4))
-        if bits != 4:
-            raise UnsupportedCheckpoint(
-                f"AWQ gemm with {bits!r} bits (quantization_config: bits) is not supported, only 4."
-            )
-        group_size = config.get("group_size", config.get("q_group_size", 128))
-        if not isinstance(group_size, int) or (group_size < 1 and group_size != -1):
-            raise BadCheckpoint(f"quantization_config: group_size must be a positive integer or -1, not {group_size!r}")
-        skipped = tuple(config.get("modules_to_not_convert") or ())
-        return cls(group_size, bool(config.get("zero_point", True)), skipped, headers)
+        selection = Selection.of(config, Options(4, 128, False), gptqmodel_rules(config))
+        _refuse_widths(selection, version)
+        _refuse_scaled_activations(headers)
+        return cls(version, selection, headers)
 
     @property
     def summary(self) -> str:
-        symmetry = "asymmetric" if self.zero_point else "symmetric"
-        return f"awq gemm, 4 bits, group {self.group_size}, {symmetry}"
+        return f"awq {self.version}, {self.selection}"
+
+    @property
+    def _layout(self) -> Layout:
+        return LAYOUTS[self.version]
 
     def scheme_for(self, layer: str, shape: LinearShape) -> Scheme | None:
         if f"{layer}.qweight" not in self.headers:
-            for orphan in ("scales", "qzeros"):
+            for orphan in ("scales", "qzeros", "scaled_zeros"):
                 if f"{layer}.{orphan}" in self.headers:
                     raise BadCheckpoint(f"{layer}: {orphan} is there but qweight is missing. The file is damaged.")
             return None
@@ -78,59 +77,100 @@ class AWQ(QuantMethod):
             raise BadCheckpoint(
                 f"{layer}: both qweight and a dense weight are stored. The file is damaged or merged by hand."
             )
-        if entry := self._skip_entry(layer):
+        if entry := self.selection.contradiction(layer):
             raise BadCheckpoint(
-                f"{layer}: qweight is stored, but modules_to_not_convert lists {entry!r}. "
+                f"{layer}: qweight is stored, but {entry}. "
                 "Remove the entry from quantization_config, or the file is not the one that the config describes."
             )
-        group = shape.in_features if self.group_size == -1 else self.group_size
+        options = self.selection.options_for(layer)
+        assert options.group_size is not None
+        group = shape.in_features if options.group_size == -1 else options.group_size
         if shape.in_features % group:
             raise BadCheckpoint(
                 f"{layer}: group {group} does not divide {shape.in_features} inputs (quantization_config: group_size). "
                 "The file is damaged or from another tool."
             )
-        if shape.out_features % CODES_PER_WORD:
+        zeros = self._zeros(layer)
+        if options.symmetric is False and zeros is None and self._layout.zeros is not None:
             raise BadCheckpoint(
-                f"{layer}: {shape.out_features} outputs are not a multiple of 8, the codes in a gemm word."
+                f"{layer}: {self._layout.zeros} is missing, but quantization_config says zero_point: true."
             )
-        zeros = f"{layer}.qzeros" in self.headers
-        if self.zero_point and not zeros:
-            raise BadCheckpoint(f"{layer}: qzeros is missing, but quantization_config says zero_point: true.")
-        return Scheme(WeightKind.INT4, (1, group), zero_point=zeros)
+        scheme = Scheme(WeightKind.integer(options.bits), (1, group), zero_point=zeros is not None)
+        if misfit := self._layout.misfit(scheme, shape):
+            raise BadCheckpoint(f"{layer}: {misfit}. The file is damaged or from another tool.")
+        self._check_version(layer, scheme, shape)
+        return scheme
 
     def dense_reason(self, layer: str) -> str:
-        if entry := self._skip_entry(layer):
-            return f"named in modules_to_not_convert ({entry!r})"
-        return "stored dense: the file has no qweight for it"
+        return self.selection.dense_reason(layer)
+
+    def unmatched(self, layers: Iterable[str]) -> list[str]:
+        return self.selection.unmatched(layers)
 
     def tensors(self, layer: str, shape: LinearShape) -> dict[str, TensorSpec]:
         scheme = self.scheme_for(layer, shape)
         assert scheme is not None, layer
-        groups, words = shape.in_features // scheme.group, shape.out_features // CODES_PER_WORD
         stored = self.headers.get(f"{layer}.scales")
-        scale_dtype = stored.dtype if stored and stored.dtype in SCALE_DTYPES else torch.float16
-        specs = {
-            "qweight": TensorSpec((shape.in_features, words), torch.int32),
-            "scales": TensorSpec((groups, shape.out_features), scale_dtype),
-        }
-        if scheme.zero_point:
-            specs["qzeros"] = TensorSpec((groups, words), torch.int32)
-        return specs
+        scale = stored.dtype if stored and stored.dtype in SCALE_DTYPES else torch.float16
+        specs = self._layout.specs(scheme, shape, scale)
+        return {local: spec for local, spec in specs.items() if local != self._layout.zeros or scheme.zero_point}
 
     def repack(self, tensors: Mapping[str, Tensor], scheme: Scheme, shape: LinearShape) -> QuantWeight:
-        def transposed_codes(name: str) -> Tensor:
-            return unpack_awq(tensors[name]).t().contiguous()
+        parts = self._layout.read(tensors, scheme, shape)
+        return settled(scheme, shape, parts.q, parts.scale, parts.zero, None)
 
-        return QuantWeight(
-            scheme=scheme,
-            shape=shape,
-            q=pack_stream(transposed_codes("qweight"), 4),
-            scale=tensors["scales"].t().contiguous(),
-            zero=transposed_codes("qzeros") if scheme.zero_point else None,
-        )
+    def _check_version(self, layer: str, scheme: Scheme, shape: LinearShape) -> None:
+        """Say which version or width the file has, if it is not the configuration's."""
+        stored = self.headers[f"{layer}.qweight"]
+        if stored == self._layout.specs(scheme, shape, torch.float16)["qweight"]:
+            return
+        for version, layout in LAYOUTS.items():
+            for bits in layout.bits:
+                other = replace(scheme, kind=WeightKind.integer(bits))
+                if (
+                    layout.misfit(other, shape) is None
+                    and stored == layout.specs(other, shape, torch.float16)["qweight"]
+                ):
+                    raise BadCheckpoint(
+                        f"{layer}.qweight is {stored}: version {version} with {bits} bits for {shape.in_features} inputs and "
+                        f"{shape.out_features} outputs, but quantization_config says {self.version} with {scheme.kind.bits}. "
+                        "Correct version or bits, or the file is not the one that the config describes."
+                    )
 
-    def _skip_entry(self, layer: str) -> str | None:
-        """The entry of ``modules_to_not_convert`` that surely names this layer: equal to it or to whole path components
-        of it. AutoAWQ matches any substring; a looser match is no contradiction because the tensors decide."""
-        path = f".{layer}."
-        return next((entry for entry in self.skipped if f".{entry.strip('.')}." in path), None)
+    def _zeros(self, layer: str) -> str | None:
+        """The name of the zero points of a layer, if they are stored: then they count, whatever ``zero_point`` says."""
+        name = self._layout.zeros
+        return name if name is not None and f"{layer}.{name}" in self.headers else None
+
+
+def version_of(config: Mapping[str, Any]) -> str:
+    """The arrangement: ``version`` and its synonyms; the old field ``backend: llm-awq`` means the version of that name."""
+    backend = str(config.get("backend") or "").lower()
+    if SPELLINGS.get(backend, backend) == "llm-awq":
+        return "llm-awq"
+    version = str(read(config, ("version", *FORMAT), "gemm")).lower()
+    return SPELLINGS.get(version, version)
+
+
+def _refuse_widths(selection: Selection, version: str) -> None:
+    """Raise for a width that a version cannot hold, in general or by a rule."""
+    rules = selection.rules
+    settings = [selection.options, *(selection.options.updated(s) for s in rules.settings.values() if s is not None)]
+    for options in settings:
+        if options.bits not in LAYOUTS[version].bits:
+            raise UnsupportedCheckpoint(
+                f"AWQ {version} with {options.bits} bits (quantization_config: bits) is not supported, only 4. "
+                "Use a gemm copy of the model."
+            )
+
+
+def _refuse_scaled_activations(headers: Mapping[str, TensorSpec]) -> None:
+    """AWQ divides the output of some activation functions by a vector stored beside the linears (``ScaledActivation``, for
+    falcon, mpt, gptj, gpt_neox, bloom, gpt_bigcode, starcoder2, internlm2); ignoring it gives garbage without an error."""
+    for name, spec in headers.items():
+        module, _, local = name.rpartition(".")
+        if local == "scales" and len(spec.shape) == 1 and f"{module}.qweight" not in headers:
+            raise UnsupportedCheckpoint(
+                f"{name} is {spec} without qweight beside it: AWQ's ScaledActivation, which divides the output of {module} "
+                "by these values. It is not supported. Use a GPTQ or compressed-tensors copy of the model."
+            )

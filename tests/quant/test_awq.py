@@ -30,7 +30,7 @@ def make(config: dict[str, Any] | None = None, headers: dict[str, TensorSpec] | 
     return method
 
 
-@pytest.mark.parametrize("name", ["autoawq--gemm-g128", "autoawq--gemm-g64"])
+@pytest.mark.parametrize("name", ["autoawq--gemm-g128"])
 def test_weights_are_those_that_autoawq_dequantizes(name: str) -> None:
     tensors = load_file(CHECKPOINTS / name / "model.safetensors")
     reference = load_file(CHECKPOINTS / name / "reference.safetensors")
@@ -91,8 +91,10 @@ def test_symmetric_without_zeros_means_eight() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"version": "gemv"}, "version 'gemv'.*only 'gemm'"),
-        ({"bits": 3}, "3 bits"),
+        ({"version": "exllama"}, "version 'exllama'.*only gemm, gemv, gemv_fast, llm-awq, marlin"),
+        ({"bits": 3, "version": "gemv"}, "AWQ gemv with 3 bits.*only 4"),
+        ({"bits": 1}, r"1 bits.*only 2 to 8"),
+        ({"bits": "q4"}, "'q4' bits"),
     ],
 )
 def test_unsupported_variants_are_named(config: dict[str, Any], message: str) -> None:
@@ -123,7 +125,20 @@ def test_contradictions_name_module_and_entry() -> None:
             method.scheme_for("a", SHAPE)
 
 
-def test_a_skip_entry_matches_whole_names_only() -> None:
-    method = make({"modules_to_not_convert": ["gate"]}, {"mlp.gate_proj.qweight": HEADERS["a.qweight"], **HEADERS})
-    assert "no qweight" in method.dense_reason("mlp.gate_up")
+def test_a_loosely_matching_skip_entry_explains_and_contradicts_nothing() -> None:
+    """AutoAWQ means any substring: ``gate`` explains a dense ``gate_up``, but does not contradict a quantized one."""
+    method = make({"modules_to_not_convert": ["gate"]}, {f"gate_proj.{n[2:]}": spec for n, spec in HEADERS.items()})
     assert "'gate'" in method.dense_reason("mlp.gate")
+    assert "'gate'" in method.dense_reason("mlp.gate_up")
+    assert method.scheme_for("gate_proj", SHAPE) is not None
+
+
+def test_entries_that_name_nothing_are_told() -> None:
+    method = make({"modules_to_not_convert": ["lm_head", "visual"]})
+    assert method.unmatched(["a", "lm_head"]) == ["modules_to_not_convert: visual"]
+
+
+def test_scaled_activations_are_refused_by_name() -> None:
+    headers = HEADERS | {"mlp.act.scales": TensorSpec((64,), torch.float16)}
+    with pytest.raises(UnsupportedCheckpoint, match=r"mlp\.act\.scales.*ScaledActivation"):
+        make(headers=headers)

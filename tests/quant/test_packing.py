@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
-from quant.packing import AWQ_NIBBLE_OF_COLUMN, pack_stream, unpack_awq, unpack_stream
+from quant.packing import (
+    AWQ_NIBBLE_OF_COLUMN,
+    PLANES,
+    as_bytes,
+    pack_stream,
+    unpack_awq,
+    unpack_awq_fast,
+    unpack_marlin,
+    unpack_planar,
+    unpack_stream,
+)
+from tests.packers import pack_awq_fast, pack_marlin, pack_rows
 
 COUNTS = (1, 2, 3, 5, 7, 8, 9, 16, 31, 64, 100)
 
@@ -52,3 +64,21 @@ def test_awq_columns_are_where_autoawq_puts_them() -> None:
     """AutoAWQ packs column ``order[i]`` into bits ``4 i`` with this order."""
     word = sum(column << 4 * place for place, column in enumerate((0, 2, 4, 6, 1, 3, 5, 7)))
     assert unpack_awq(torch.tensor([[word]], dtype=torch.int32)).tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]]
+
+
+@pytest.mark.parametrize("bits", PLANES)
+def test_planes(bits: int) -> None:
+    codes = np.random.default_rng(bits).integers(0, 2**bits, (3, 96))
+    packed = as_bytes(torch.from_numpy(pack_rows(codes, bits, planes=True)))
+    assert unpack_planar(packed, bits, 96).tolist() == codes.tolist()
+
+
+def test_awq_rows_are_interleaved_by_four() -> None:
+    codes = np.random.default_rng(0).integers(0, 16, (12, 192))
+    assert unpack_awq_fast(torch.from_numpy(pack_awq_fast(codes))).tolist() == codes.tolist()
+
+
+def test_marlin_tiles() -> None:
+    codes = np.random.default_rng(0).integers(0, 16, (48, 128))
+    packed, _ = pack_marlin(codes, np.zeros((1, 128)))
+    assert unpack_marlin(torch.from_numpy(packed)).tolist() == codes.tolist()

@@ -206,6 +206,78 @@ def test_a_tensor_in_two_shards(folder: Path) -> None:
         Checkpoint.open(folder)
 
 
+# Names of auto-gptq
+
+
+@pytest.fixture
+def gptq(tmp_path: Path) -> Path:
+    """A private copy of a checkpoint whose file is called gptq_model-4bit-32g.safetensors."""
+    return Path(shutil.copytree(AWQ.parent / "auto-gptq--w4g32-desc", tmp_path / "gptq"))
+
+
+GPTQ_FILE = "gptq_model-4bit-32g.safetensors"
+
+
+@pytest.mark.parametrize("name", [GPTQ_FILE, "gptq_model-other.safetensors", "model.safetensors"])
+def test_the_names_of_auto_gptq_are_found(gptq: Path, name: str) -> None:
+    (gptq / GPTQ_FILE).rename(gptq / name)
+    assert Checkpoint.open(gptq).weights == name
+
+
+def test_a_base_name_outranks_every_other(gptq: Path) -> None:
+    shutil.copy(gptq / GPTQ_FILE, gptq / "mine.safetensors")
+    assert Checkpoint.open(gptq).weights == GPTQ_FILE
+    config = json.loads((gptq / "config.json").read_text())
+    config["quantization_config"]["model_file_base_name"] = "mine"
+    (gptq / "config.json").write_text(json.dumps(config))
+    assert Checkpoint.open(gptq).weights == "mine.safetensors"
+    config["quantization_config"]["model_file_base_name"] = "../gptq/mine"
+    (gptq / "config.json").write_text(json.dumps(config))
+    assert Checkpoint.open(gptq).weights == GPTQ_FILE, "a base name does not leave the folder"
+
+
+def test_several_quantized_models_in_a_folder(gptq: Path) -> None:
+    for name in ("gptq_model-a.safetensors", "gptq_model-b.safetensors"):
+        shutil.copy(gptq / GPTQ_FILE, gptq / name)
+    (gptq / GPTQ_FILE).unlink()
+    with pytest.raises(LoadError, match=r"several quantized models: gptq_model-a.*model_file_base_name"):
+        Checkpoint.open(gptq)
+
+
+def test_shards_under_the_name_of_auto_gptq(gptq: Path) -> None:
+    whole = Checkpoint.open(gptq)
+    tensors = load_file(gptq / GPTQ_FILE)
+    stem, names = GPTQ_FILE.removesuffix(".safetensors"), sorted(tensors)
+    weights = {name: f"{stem}-0000{1 + k % 2}-of-00002.safetensors" for k, name in enumerate(names)}
+    for file in set(weights.values()):
+        save_file({name: tensors[name] for name in names if weights[name] == file}, gptq / file)
+    (gptq / GPTQ_FILE).unlink()
+    (gptq / f"{GPTQ_FILE}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weights}))
+    assert Checkpoint.open(gptq).tensors == whole.tensors
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "method"),
+    [
+        ("quantize_config.json", {"bits": 4, "group_size": 128}, "gptq"),
+        ("quantize_config.json", {"bits": 4, "method": "awq", "format": "gemm"}, "awq"),
+        ("quantize_config.json", {"w_bit": 4, "q_group_size": 128, "version": "GEMM"}, "awq"),
+        ("quant_config.json", {"w_bit": 4, "q_group_size": 128, "version": "GEMM"}, "awq"),
+        ("quantization_config.json", {"bits": 4, "quant_method": "auto-round"}, "auto-round"),
+    ],
+)
+def test_side_files_mean_the_method_of_their_writer(
+    folder: Path, file: str, content: dict[str, Any], method: str
+) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / file).write_text(json.dumps(content))
+    checkpoint = Checkpoint.open(folder)
+    assert checkpoint.quantization == content | {"quant_method": method}
+    assert checkpoint.quantization_source == file
+
+
 # Configuration
 
 

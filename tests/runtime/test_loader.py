@@ -160,8 +160,8 @@ DAMAGES = [
     (replace(f"{LAYER}.scales", nan_scale), rf"{LAYER}\.scales: 1 of 1024 values are NaN"),
     (replace(f"{LAYER}.scales", lambda s: s * torch.inf), rf"{LAYER}\.scales: .* values are NaN or infinite"),
     (replace("model.norm.weight", lambda w: w[:-1].clone()), r"model\.norm\.weight is float16 \[255\].*needs float16 \[256\]"),
-    (lambda t: t.update({"model.layers.0.mlp.act.scales": torch.ones(512)}), r"belong to no module.*mlp\.act\.scales"),
-    (replace("lm_head.weight", lambda w: w.to(torch.float8_e4m3fn)), r"lm_head\.weight is stored as float8"),
+    (lambda t: t.update({"model.layers.0.mlp.act.scales": torch.ones(512)}), r"mlp\.act\.scales .*ScaledActivation"),
+    (replace("lm_head.weight", lambda w: w.to(torch.float8_e4m3fn)), r"lm_head\.weight is stored as float8_e4m3fn"),
     (lambda t: t.update({f"{LAYER}.weight": torch.zeros(256, 512)}), rf"{LAYER}: both qweight and a dense weight"),
 ]  # fmt: skip
 

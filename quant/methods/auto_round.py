@@ -1,0 +1,122 @@
+"""auto-round checkpoints (``quant_method: "auto-round"``, before ``"intel/auto-round"``): GPTQ's or AWQ's tensors under another
+configuration.
+
+``packing_format`` says which: ``auto_round:auto_gptq`` is GPTQ's first version without ``g_idx``, ``auto_round:gptqmodel``
+and the bare ``auto_round`` of old files are the second, ``auto_round:auto_awq`` is AWQ ``gemm``. ``extra_config`` holds
+settings of single modules. Source: auto-round 0.16.1 ``inference/backend.py``, ``inference/convert_model.py``,
+``export/export_to_autoround/export.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+from torch import Tensor
+
+from quant.base import LinearShape, QuantMethod, QuantWeight, Scheme, TensorSpec, UnsupportedCheckpoint
+from quant.matching import auto_round_rules
+from quant.methods.awq import AWQ
+from quant.methods.gptq import GPTQ
+from quant.methods.gptq_zeros import AUTO_ROUND
+from quant.methods.selection import Selection
+
+NAMES = ("auto-round", "intel/auto-round")
+ELSEWHERE = {
+    "llm_compressor": "its tensors are compressed-tensors'; export it again with format llm_compressor, whose "
+    "quant_method is compressed-tensors",
+    "fp8": "its weights are FP8; export it again in format llm_compressor or fp8",
+    "mlx": "its tensors are MLX's, for Apple's GPUs",
+    "fake": "its weights are dense and only rounded; remove quantization_config to load them",
+}
+RUNTIMES = ("", "exllamav2", "triton", "tritonv2", "torch", "marlin", "exllama")
+"""What old files append to ``auto_round``: how to multiply, the tensors are the same."""
+AGAIN = "Export the model again as auto_round:auto_gptq or auto_round:auto_awq with 16-bit activations."
+
+
+@dataclass(frozen=True)
+class AutoRound(QuantMethod):
+    """``inner`` reads the tensors."""
+
+    packing: str
+    inner: GPTQ | AWQ
+
+    name: ClassVar[str] = AUTO_ROUND
+
+    @classmethod
+    def from_checkpoint(cls, config: Mapping[str, Any], headers: Mapping[str, TensorSpec]) -> Self | None:
+        if str(config.get("quant_method", "")).lower().replace("_", "-") not in NAMES:
+            return None
+        _refuse(config)
+        rules = auto_round_rules(config)
+        for entry, settings in rules.settings.items():
+            if settings is not None:
+                _refuse(settings, f"extra_config {entry!r}: ")
+        packing, inner = _packing(config)
+        reader = GPTQ if inner["quant_method"] == GPTQ.name else AWQ
+        common = {"provider": AUTO_ROUND, "dynamic": None, "pack_dtype": "int32", "desc_act": False}
+        method = reader.from_checkpoint({**config, **inner, **common}, headers)
+        assert method is not None
+        selection = Selection.of(config, method.selection.options, rules)
+        return cls(packing, replace(method, selection=selection))
+
+    @property
+    def summary(self) -> str:
+        return f"auto-round ({self.packing}): {self.inner.summary}"
+
+    def scheme_for(self, layer: str, shape: LinearShape) -> Scheme | None:
+        return self.inner.scheme_for(layer, shape)
+
+    def dense_reason(self, layer: str) -> str:
+        return self.inner.dense_reason(layer)
+
+    def unmatched(self, layers: Iterable[str]) -> list[str]:
+        return self.inner.unmatched(layers)
+
+    def tensors(self, layer: str, shape: LinearShape) -> dict[str, TensorSpec]:
+        return self.inner.tensors(layer, shape)
+
+    def repack(self, tensors: Mapping[str, Tensor], scheme: Scheme, shape: LinearShape) -> QuantWeight:
+        return self.inner.repack(tensors, scheme, shape)
+
+
+def _packing(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The packing format, and what it means in the terms of GPTQ or AWQ. Old files say it in ``backend``."""
+    field = "packing_format" if config.get("packing_format") else "backend"
+    stored = str(config.get(field) or "auto_round:auto_gptq").lower().replace("autoround", "auto_round")
+    stored = "auto_round:auto_gptq" if stored == "auto" else stored
+    kind = stored.removeprefix("auto_round").removeprefix(":")
+    if reason := next((why for name, why in ELSEWHERE.items() if name in kind), None):
+        raise UnsupportedCheckpoint(f"auto-round {field} {stored!r} (quantization_config) is not supported: {reason}.")
+    if "awq" in kind:
+        return stored, {"quant_method": AWQ.name, "version": "gemm", "backend": None}
+    if "gptqmodel" in kind:
+        return stored, {"quant_method": GPTQ.name, "checkpoint_format": "gptq_v2"}
+    if "gptq" in kind:
+        return stored, {"quant_method": GPTQ.name, "checkpoint_format": "gptq"}
+    if kind in RUNTIMES:
+        return stored, {"quant_method": GPTQ.name, "checkpoint_format": "gptq_v2"}
+    raise UnsupportedCheckpoint(
+        f"auto-round {field} {stored!r} (quantization_config) is not known; known: auto_round:auto_gptq, "
+        f"auto_round:gptqmodel, auto_round:auto_awq, auto_round. {AGAIN}"
+    )
+
+
+def _refuse(settings: Mapping[str, Any], where: str = "") -> None:
+    """Raise for activations that must be quantized and for weights that are no integers."""
+    bits = settings.get("act_bits")
+    if isinstance(bits, int) and bits < 16:
+        raise UnsupportedCheckpoint(
+            f"auto-round: {where}act_bits {bits} (quantization_config) quantizes activations, which is not supported. {AGAIN}"
+        )
+    data_type = str(settings.get("data_type") or "int").lower()
+    if not data_type.startswith("int"):
+        raise UnsupportedCheckpoint(
+            f"auto-round: {where}data_type {data_type!r} (quantization_config) is not supported, only int. {AGAIN}"
+        )
+    if rotation := settings.get("rotation_config"):
+        raise UnsupportedCheckpoint(
+            f"auto-round: {where}rotation_config {rotation!r} (quantization_config) rotates inputs at run time, which is not "
+            f"supported. {AGAIN}"
+        )

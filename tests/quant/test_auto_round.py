@@ -1,0 +1,102 @@
+"""auto-round: which tensors its packing formats mean, settings of single modules, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from quant.base import LinearShape, TensorSpec, UnsupportedCheckpoint
+from quant.methods.auto_round import AutoRound
+from quant.methods.awq import AWQ
+from quant.methods.gptq import GPTQ
+from quant.reference import dequantize
+from tests.quant.test_gptq import Layer
+
+CONFIG = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": False, "data_type": "int"}
+
+
+def make(headers: dict[str, TensorSpec] | None = None, **config: Any) -> AutoRound:
+    found = AutoRound.from_checkpoint(CONFIG | config, headers or {})
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(
+    ("config", "reader", "version"),
+    [
+        ({}, GPTQ, "gptq"),
+        ({"packing_format": "auto"}, GPTQ, "gptq"),
+        ({"packing_format": "auto_round:auto_gptq"}, GPTQ, "gptq"),
+        ({"packing_format": "auto_round:gptq"}, GPTQ, "gptq"),
+        ({"packing_format": "auto_round:gptqmodel"}, GPTQ, "gptq_v2"),
+        ({"packing_format": "auto_round"}, GPTQ, "gptq_v2"),
+        ({"backend": "auto_round:exllamav2"}, GPTQ, "gptq_v2"),
+        ({"backend": "autoround:gptq:exllamav2"}, GPTQ, "gptq"),
+        ({"packing_format": "auto_round:auto_awq"}, AWQ, "gemm"),
+        ({"packing_format": "auto_round:awq", "backend": "auto"}, AWQ, "gemm"),
+        ({"quant_method": "intel/auto-round"}, GPTQ, "gptq"),
+        ({"quant_method": "auto_round"}, GPTQ, "gptq"),
+    ],
+)
+def test_packing_formats(config: dict[str, Any], reader: type, version: str) -> None:
+    inner = make(**config).inner
+    assert type(inner) is reader
+    assert (inner.version if isinstance(inner, AWQ) else inner.format) == version
+
+
+@pytest.mark.parametrize("packing", ["auto_round", "auto_round:gptqmodel", "auto_round:auto_gptq"])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_tensors_without_group_indices(bits: int, packing: str) -> None:
+    layer = Layer(64, 64, bits, 32)
+    first = packing == "auto_round:auto_gptq"
+    if first:
+        layer.zeros = layer.zeros.clip(1)
+    tensors = layer.tensors(zeros=layer.zeros - first)
+    del tensors["g_idx"]
+    headers = {f"a.{name}": TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    method = make(headers, bits=bits, packing_format=packing)
+    scheme = method.scheme_for("a", layer.shape)
+    assert scheme is not None
+    assert method.tensors("a", layer.shape) == {name[2:]: spec for name, spec in headers.items()}
+    assert torch.equal(dequantize(method.repack(tensors, scheme, layer.shape)), layer.weight)
+
+
+def test_settings_of_single_modules() -> None:
+    extra = {"lm_head": {"bits": 16, "data_type": "float"}, r".*\.down": {"bits": 8, "group_size": 16}}
+    headers = {
+        "l.0.down.qweight": TensorSpec((16, 64), torch.int32),
+        "l.0.down.qzeros": TensorSpec((4, 16), torch.int32),
+    }
+    method = make(headers, extra_config=extra)
+    scheme = method.scheme_for("l.0.down", LinearShape(64, 64))
+    assert scheme is not None
+    assert (scheme.kind.bits, scheme.group) == (8, 16)
+    assert method.dense_reason("lm_head") == "left dense by extra_config ('lm_head')"
+    assert method.unmatched(["lm_head"]) == [r"extra_config: .*\.down"]
+
+
+def test_the_name_confirms() -> None:
+    assert make().name == "auto-round"
+    assert AutoRound.from_checkpoint({"quant_method": "gptq"}, {}) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"act_bits": 8}, "act_bits 8.*quantizes activations"),
+        ({"data_type": "mx_fp4"}, "data_type 'mx_fp4'.*only int"),
+        ({"data_type": "nv_fp4_with_static_gs"}, "data_type 'nv_fp4_with_static_gs'"),
+        ({"extra_config": {"x": {"data_type": "mx_fp", "bits": 4}}}, "extra_config 'x': data_type 'mx_fp'"),
+        ({"rotation_config": {"type": "hadamard"}}, "rotation_config .*at run time"),
+        ({"packing_format": "auto_round:llm_compressor"}, "quant_method is compressed-tensors"),
+        ({"packing_format": "auto_round:fp8_static"}, "its weights are FP8"),
+        ({"packing_format": "auto_round:fake"}, "only rounded"),
+        ({"packing_format": "auto_round:mx_fp"}, "'auto_round:mx_fp'.*not known; known: auto_round:auto_gptq"),
+        ({"packing_format": "mlx"}, "Apple"),
+    ],
+)
+def test_what_is_refused_by_name(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnsupportedCheckpoint, match=message):
+        make(**config)
