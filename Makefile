@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test test-slow check format bench clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -21,6 +21,9 @@ check: .venv/installed
 
 test: check
 	$(BIN)/python -m pytest --durations=10
+
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -m slow --durations=10
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

@@ -174,7 +174,8 @@ class CpuKernel(LinearKernel):
 
     def _directly(self, path: int, x: Tensor, weight: CpuWeight, bias: Tensor | None) -> Tensor:
         job = _Job.from_buffer_copy(weight.job)
-        job.pieces, dtype = PIECES[x.dtype], torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+        job.pieces = PIECES[x.dtype] if path == AMX else 1
+        dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
         y = torch.empty(*x.shape[:-1], job.outputs, dtype=dtype)
         x, bias = _as(dtype, x), None if bias is None else _as(dtype, bias)
         job.x, job.y, job.type, job.rows = x.data_ptr(), y.data_ptr(), TYPES[dtype], x.numel() // job.inputs

@@ -29,7 +29,7 @@
 #define ALIGNED __attribute__((aligned(64)))
 #define UNROLL _Pragma("GCC unroll 16")
 
-enum { LANES = 16, TILE = 2 * LANES, ROWS = 8, SLAB = 256, PASS = 128, ALL = 1 << 30 };
+enum { LANES = 16, TILE = 2 * LANES, ROWS = 8, SLAB = 256, PASS = 128, PASS_BYTES = 1 << 19 };
 enum { AHEAD = 512 };  // words to prefetch, where the hardware alone is a third slower
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 
@@ -323,19 +323,18 @@ AMX static void run_amx(const Job *job, int64_t tile, int64_t first, int64_t las
 }
 #endif
 
-// A path packs `block` rows at a time and multiplies `pass` rows at a time.
 static const struct {
     void (*pack)(const Job *job, int64_t block, int64_t group);
     void (*run)(const Job *job, int64_t tile, int64_t first, int64_t last);
     void (*dequantize)(const Job *job, int64_t tile, int64_t group);
-    int64_t block, pass;
+    int64_t block, bytes;  // rows packed together, and bytes an input (AMX: a piece of an input) is packed to
 } paths[] = {
-    {pack_portable, run_portable, dequantize_portable, ROWS, ALL},
+    {pack_portable, run_portable, dequantize_portable, ROWS, 4},
 #ifdef X86
-    {pack_avx2, run_avx2, dequantize_avx2, ROWS, ALL},
-    {pack_avx512, run_avx512, dequantize_avx512, ROWS, ALL},
-    {pack_bf16, run_bf16, dequantize_avx512, ROWS, ALL},
-    {pack_amx, run_amx, dequantize_avx512, LANES, PASS},
+    {pack_avx2, run_avx2, dequantize_avx2, ROWS, 4},
+    {pack_avx512, run_avx512, dequantize_avx512, ROWS, 4},
+    {pack_bf16, run_bf16, dequantize_avx512, ROWS, 2},
+    {pack_amx, run_amx, dequantize_avx512, LANES, 2},
 #endif
 };
 
@@ -370,12 +369,13 @@ int linear(int path, int threads, const Job *given) {
     Job job = *given;
     job.groups = divide_up(job.inputs, job.group);
     job.row_limit = divide_up(job.rows, LANES) * LANES;
-    int64_t count = job.row_limit * job.groups, bytes = count * job.padded * (job.pieces > 2 ? 6 : 4);
-    job.packed = aligned_alloc(64, divide_up(bytes + count * 4, 64) * 64);
+    int64_t row_bytes = job.groups * job.padded * job.pieces * paths[path].bytes, bytes = job.row_limit * row_bytes;
+    job.packed = aligned_alloc(64, divide_up(bytes + job.row_limit * job.groups * 4, 64) * 64);
     if (!job.packed) return 1;
     job.sums = (float *)((char *)job.packed + bytes);
-    int64_t pass = paths[path].pass, blocks = divide_up(job.rows, paths[path].block);
-    int64_t tiles = divide_up(job.outputs, TILE), passes = divide_up(job.rows, pass);
+    // As many rows at a time as stay in a cache while they meet tile after tile.
+    int64_t pass = min(PASS, divide_up(PASS_BYTES, row_bytes * TILE) * TILE), passes = divide_up(job.rows, pass);
+    int64_t tiles = divide_up(job.outputs, TILE), blocks = divide_up(job.rows, paths[path].block);
 #pragma omp parallel for num_threads(threads) if (job.rows > ROWS)
     for (int64_t i = 0; i < blocks * job.groups; i++) paths[path].pack(&job, i / job.groups, i % job.groups);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
