@@ -1,9 +1,9 @@
 """Weights of 2 to 4 bits on a CPU, in C (``cpu_int4.c``), with the widest instructions found when it runs.
 
-Few rows, or a machine with AMX: codes are multiplied as the integers they are, scales and zero points applied once a
-group, everything summed in float32, so the result is as exact as float32 for any ``x``. Many rows without AMX: the weight
-is dequantized a panel at a time, small enough to stay in cache, and multiplied by torch; for bfloat16 ``x`` the panel is
-rounded to bfloat16, as a dense weight would be. No dense copy of the weight is ever kept.
+Few rows: codes are multiplied as the integers they are, scales and zero points applied once a group, everything summed
+in float32, so the result is as exact as float32 for any ``x``. Many rows: the weight is dequantized a panel at a time,
+small enough to stay in cache, and multiplied by torch; for bfloat16 ``x`` the panel is rounded to bfloat16, as a dense
+weight would be. :data:`PANEL_ROWS` says where one begins to be faster than the other. No dense copy is ever kept.
 
 float16 ``x`` is computed as float32 and rounded once. Gradients do not flow: this is for inference.
 """
@@ -30,8 +30,8 @@ PATHS = ("portable", "avx2", "avx512", "avx512-bf16", "amx")
 AVX512, BF16, AMX = 2, 3, 4
 
 PANEL_ROWS = (8, 64, 64, 96)
-"""By path: more rows than this go by panels; measured at 4096 x 4096."""
-PANEL_ROWS_PER_INPUT = 6
+"""By path: more rows than this go by panels. Measured at 4096 x 4096, as is the next."""
+PANEL_ROWS_PER_INPUT = 8
 """With AMX, bfloat16 x goes by panels beyond this many rows for every input of a group: small groups cost more there."""
 PANEL_BYTES = 2 << 20
 THREAD_WEIGHTS = 1 << 18

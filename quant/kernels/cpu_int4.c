@@ -29,7 +29,7 @@
 #define ALIGNED __attribute__((aligned(64)))
 #define UNROLL _Pragma("GCC unroll 16")
 
-enum { LANES = 16, TILE = 2 * LANES, ROWS = 8, SLAB = 256, PASS = 128, PASS_BYTES = 1 << 19 };
+enum { LANES = 16, TILE = 2 * LANES, ROWS = 8, SLAB = 256, PASS = 128, PASS_BYTES = 1 << 20 };
 enum { AHEAD = 512 };  // words to prefetch, where the hardware alone is a third slower
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 
