@@ -19,11 +19,14 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# One process a core, one thread in each: tiny models gain nothing from threads, and threads of two processes wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --durations=10
+
 test: check
-	$(BIN)/python -m pytest --durations=10
+	$(PYTEST)
 
 test-slow: .venv/installed
-	$(BIN)/python -m pytest -m slow --durations=10
+	$(PYTEST) -m slow
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-_measured = pytest.StashKey[list[str]]()
+_MEASURED = "measured"
 
 
 @pytest.fixture(autouse=True)
@@ -23,13 +23,20 @@ def seeded_and_poisoned() -> Iterator[None]:
 
 @pytest.fixture
 def report(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Adds a line to what is printed at the end."""
-    return request.config.stash.setdefault(_measured, []).append
+    """Adds a line to what is printed at the end. It travels with the test's result, from another process too."""
+    return lambda line: request.node.user_properties.append((_MEASURED, line))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    lines = config.stash.get(_measured, [])
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    results = [result for results in terminalreporter.stats.values() for result in results]
+    lines = [
+        line
+        for result in results
+        if getattr(result, "when", None) == "teardown"
+        for name, line in result.user_properties
+        if name == _MEASURED
+    ]
     if lines:
-        terminalreporter.section("measured")
+        terminalreporter.section(_MEASURED)
         for line in lines:
             terminalreporter.line(line)
