@@ -12,6 +12,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from quant.base import QuantMethod, TensorSpec, UnsupportedCheckpoint
+from quant.methods.selection import method_of
 from quant.refused import refusal
 
 ENTRY_POINTS = "relinear.quant_methods"
@@ -58,7 +59,7 @@ def resolve(config: Mapping[str, Any], headers: Mapping[str, TensorSpec], asked:
     ``asked`` is what the user believes the format to be; it only confirms. Raises :class:`UnsupportedCheckpoint` if no
     method answers, if two do, or if the answer is not the one asked for.
     """
-    stored = str(config.get("quant_method", "")).lower()
+    stored = method_of(config)
     answers = [method for name in known_methods() if (method := method_class(name).from_checkpoint(config, headers))]
     known = ", ".join(known_methods())
     if not answers and (why := refusal(stored)):
