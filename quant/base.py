@@ -236,7 +236,7 @@ class QuantMethod(ABC):
         :meth:`scheme_for` found (weight only); the weight then is as well."""
 
     def unmatched(self, layers: Iterable[str]) -> list[str]:
-        """Entries of the configuration that name none of these layers, for people to see."""
+        """Entries of the configuration, after the field that holds them, that name none of these modules."""
         return []
 
 

@@ -8,7 +8,7 @@ that decide the format and are not known are refused. Sources: compressed-tensor
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -135,6 +135,17 @@ class CompressedConfig:
     def ignored(self, layer: str) -> str | None:
         """The entry of ``ignore`` that means this layer."""
         return matching.first(self.ignore, layer, matching.compressed_tensors)
+
+    def unmatched(self, layers: Iterable[str]) -> list[str]:
+        """Entries that mean none of the layers, with their field. A target that names a class is a default and always
+        right."""
+        known = list(layers)
+        missed = [("ignore", matching.unmatched(self.ignore, known, matching.compressed_tensors))]
+        for group in self.groups:
+            named = [target for target in group.targets if target not in matching.LINEAR_CLASSES]
+            field = f"config_groups: {group.name}: targets"
+            missed.append((field, matching.unmatched(named, known, matching.compressed_tensors)))
+        return [f"{field}: {entry}" for field, entries in missed for entry in entries]
 
 
 def _refuse(config: Mapping[str, Any], fmt: str) -> None:

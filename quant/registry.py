@@ -1,20 +1,19 @@
 """Which checkpoint formats are known, by name, imported only when asked for.
 
-Strangers add a format without touching this file: a package with an entry point in the group ``relinear.quant_methods``
-whose value is a :class:`quant.base.QuantMethod` subclass.
+Strangers add a format without touching this file: :mod:`quant.plugins`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import Any
 
 from quant.base import QuantMethod, TensorSpec, UnsupportedCheckpoint
+from quant.methods.selection import method_of
+from quant.plugins import METHODS, Plugin, installed
 from quant.refused import refusal
 
-ENTRY_POINTS = "relinear.quant_methods"
 BUILT_IN = {
     "auto-round": "quant.methods.auto_round:AutoRound",
     "awq": "quant.methods.awq:AWQ",
@@ -41,35 +40,52 @@ ALIASES = {
 
 def known_methods() -> list[str]:
     """Names of every format that can be loaded, built-in and installed, sorted."""
-    return sorted({*BUILT_IN, *(point.name for point in entry_points(group=ENTRY_POINTS))})
+    return sorted({*BUILT_IN, *_plugins()})
+
+
+def broken_plugins() -> list[str]:
+    """What is wrong with the installed formats that cannot be used; imports all of them."""
+    hidden = [f"{plugin}: a built-in format has that name" for name, plugin in _installed().items() if name in BUILT_IN]
+    return hidden + [found for plugin in _plugins().values() if isinstance(found := plugin.found, str)]
 
 
 def method_class(name: str) -> type[QuantMethod]:
-    """The class behind a known name."""
+    """The class behind a known name. Raises :class:`UnsupportedCheckpoint` if it is a plugin that cannot be imported."""
     if name in BUILT_IN:
         module, attribute = BUILT_IN[name].split(":")
         return getattr(import_module(module), attribute)
-    return next(iter(entry_points(group=ENTRY_POINTS, name=name))).load()
+    found = _plugins()[name].found
+    if isinstance(found, str):
+        raise UnsupportedCheckpoint(f"{found}. Repair or uninstall that package.")
+    return found
 
 
 def resolve(config: Mapping[str, Any], headers: Mapping[str, TensorSpec], asked: str | None = None) -> QuantMethod:
     """The one method that reads a checkpoint with this ``quantization_config``.
 
-    ``asked`` is what the user believes the format to be; it only confirms. Raises :class:`UnsupportedCheckpoint` if no
-    method answers, if two do, or if the answer is not the one asked for.
+    A plugin under the very name that is stored answers alone; otherwise the built-in ones are asked, and the other plugins
+    where none of them answers: installing a package changes nothing for checkpoints that load without it. ``asked`` is what
+    the user believes the format to be; it only confirms. Raises :class:`UnsupportedCheckpoint` if no method answers, if two
+    do, or if the answer is not the one asked for.
     """
-    stored = str(config.get("quant_method", "")).lower()
-    answers = [method for name in known_methods() if (method := method_class(name).from_checkpoint(config, headers))]
-    known = ", ".join(known_methods())
-    if not answers and (why := refusal(stored)):
-        raise UnsupportedCheckpoint(f"quant_method {stored!r} is not supported: {why} Known formats: {known}.")
+    stored, plugins = method_of(config), _plugins()
+    rounds = [[stored]] if stored in plugins else [list(BUILT_IN), [n for n, p in plugins.items() if _works(p)]]
+    answers: list[QuantMethod] = []
+    for names in rounds:
+        answers = answers or [m for name in names if (m := method_class(name).from_checkpoint(config, headers))]
     if not answers:
+        broken = "".join(f" {error}." for error in broken_plugins())
+        known = f"{', '.join(known_methods())}.{broken}"
+        if why := refusal(stored):
+            raise UnsupportedCheckpoint(f"quant_method {stored!r} is not supported: {why} Known formats: {known}")
         raise UnsupportedCheckpoint(
-            f"quant_method {stored!r} is not supported; known: {known}. Use a copy of the model in one of these formats."
+            f"quant_method {stored!r} is not supported; known: {known} Use a copy of the model in one of these formats."
         )
     if len(answers) > 1:
-        names = " and ".join(method.name for method in answers)
-        raise UnsupportedCheckpoint(f"quant_method {stored!r} is claimed by {names}; uninstall one of the plugins.")
+        names_found = " and ".join(method.name for method in answers)
+        raise UnsupportedCheckpoint(
+            f"quant_method {stored!r} is claimed by {names_found}; uninstall one of the plugins."
+        )
     confirm(answers[0].name, asked)
     return answers[0]
 
@@ -78,6 +94,8 @@ def confirm(found: str | None, asked: str | None) -> None:
     """Raise :class:`UnsupportedCheckpoint`, naming both, if the user asked for another format than was found."""
     if asked is None or ALIASES.get(asked, asked) == found:
         return
+    if asked in _plugins():
+        method_class(asked)
     if asked not in known_methods() and asked not in ALIASES:
         known = ", ".join(known_methods())
         raise UnsupportedCheckpoint(f"--quantization {asked}: no such format; known: {known}.")
@@ -86,3 +104,16 @@ def confirm(found: str | None, asked: str | None) -> None:
         f"--quantization {asked} was asked for, but the checkpoint says {stored}. "
         "The option only confirms the format; leave it out to load the checkpoint as it is."
     )
+
+
+def _installed() -> Mapping[str, Plugin]:
+    return installed(METHODS, QuantMethod)
+
+
+def _plugins() -> Mapping[str, Plugin]:
+    """Installed formats that no built-in one hides."""
+    return {name: plugin for name, plugin in _installed().items() if name not in BUILT_IN}
+
+
+def _works(plugin: Plugin) -> bool:
+    return not isinstance(plugin.found, str)

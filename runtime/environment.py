@@ -38,6 +38,7 @@ def show(arguments: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         lines.append(("cuda", "none"))
     lines += [(name, _version(name)) for name in PACKAGES]
+    lines += [("plugin", text) for text in _plugins()]
     print("\n".join(f"{label:<16} {text}" for label, text in lines))
     return 0
 
@@ -49,6 +50,16 @@ def _processor() -> str:
     except OSError:
         names = []
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def _plugins() -> list[str]:
+    """Formats and kernels of other packages, or what is wrong with them."""
+    from quant import plugins
+    from quant.base import LinearKernel, QuantMethod
+
+    groups: list[tuple[str, type]] = [(plugins.METHODS, QuantMethod), (plugins.KERNELS, LinearKernel)]
+    found = [plugin for group, wanted in groups for plugin in plugins.installed(group, wanted).values()]
+    return [plugin.found if isinstance(plugin.found, str) else f"{plugin}: {plugin.point.value}" for plugin in found]
 
 
 def _version(package: str) -> str:

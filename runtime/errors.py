@@ -11,6 +11,17 @@
 A message says what came, what is possible, and what to do.
 """
 
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+
+def some(names: Collection[Any]) -> str:
+    """The first few of many names, for a message."""
+    shown = ", ".join(str(name) for name in sorted(names, key=str)[:5])
+    return shown + (", ..." if len(names) > 5 else "")
+
 
 class Error(Exception):
     """Base of every error this package raises on purpose."""

@@ -10,7 +10,7 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from quant.base import QuantError
 from quant.linear import QuantLinear, buffer_name, set_module
 from runtime.checkpoint import Checkpoint
-from runtime.errors import LoadError
+from runtime.errors import LoadError, some
 from runtime.plan import LoadPlan, make_plan
 from runtime.report import load_report
 
@@ -210,9 +210,4 @@ def _check_report(plan: LoadPlan, model: nn.Module, info: dict[str, Any]) -> Non
         ("parameters were never filled", left),
     ):
         if names:
-            raise LoadError(f"{plan.checkpoint.folder}: while loading, {len(names)} {what}: {_some(names)}")
-
-
-def _some(names: Collection[Any]) -> str:
-    shown = ", ".join(str(name) for name in sorted(names, key=str)[:5])
-    return shown + (", ..." if len(names) > 5 else ".")
+            raise LoadError(f"{plan.checkpoint.folder}: while loading, {len(names)} {what}: {some(names)}.")

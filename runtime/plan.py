@@ -18,7 +18,7 @@ from quant import kernels, registry
 from quant.base import Activation, LinearShape, NoKernel, QuantError, QuantMethod, Scheme, TensorSpec, canonical_bytes
 from runtime.accounting import DENSE_DTYPES, Account, balance, check_stored, rename_headers
 from runtime.checkpoint import Checkpoint, tensor_bytes
-from runtime.errors import LoadError
+from runtime.errors import LoadError, some
 from runtime.skeleton import build_meta_model, read_model_config, resolve_device, resolve_dtype
 
 
@@ -51,7 +51,8 @@ class ModulePlan:
 @dataclass(frozen=True)
 class LoadPlan:
     """Everything that is known before weights are read. ``config`` is Transformers', without its quantization part;
-    ``other_bytes`` are the loaded bytes of everything that is no linear layer."""
+    ``other_bytes`` are the loaded bytes of everything that is no linear layer, ``unmatched`` the entries of the
+    quantization configuration that name no module of the model and none of the file."""
 
     checkpoint: Checkpoint
     config: Any
@@ -63,6 +64,7 @@ class LoadPlan:
     modules: Mapping[str, ModulePlan]
     other_bytes: int
     account: Account
+    unmatched: tuple[str, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LoadPlan:
         return self  # Transformers copies the configuration that carries the plan; nobody writes to it
@@ -96,13 +98,13 @@ class LoadPlan:
         folder, unclaimed, missing = self.checkpoint.folder, self.account.unclaimed, self.account.missing
         if unclaimed:
             raise LoadError(
-                f"{folder}: {len(unclaimed)} stored tensors belong to no module of this model: {_some(unclaimed)}. "
+                f"{folder}: {len(unclaimed)} stored tensors belong to no module of this model: {some(unclaimed)}. "
                 "Loading without them would compute something else than the checkpoint says. "
                 "`relinear inspect` lists them all."
             )
         if missing:
             raise LoadError(
-                f"{folder}: {len(missing)} parameters of the model are stored nowhere: {_some(missing)}. "
+                f"{folder}: {len(missing)} parameters of the model are stored nowhere: {some(missing)}. "
                 "The checkpoint is incomplete; fetch it again."
             )
 
@@ -142,8 +144,11 @@ def make_plan(
     quantized = {name: {*module.stored, "bias"} for name, module in modules.items() if module.scheme is not None}
     account = balance(checkpoint, model, headers, quantized, method.ignored if method else lambda name: None)
     other = _other_bytes(model, modules, precision)
+    stored = {name.rpartition(".")[0] for name in (*headers.tensors, *headers.merged)}
+    names = {name for name, _ in model.named_modules()} | stored
+    unmatched = tuple(method.unmatched(names - {""})) if method else ()
     return LoadPlan(
-        checkpoint, config, precision, note, place, trust_remote_code, method, modules, other, account
+        checkpoint, config, precision, note, place, trust_remote_code, method, modules, other, account, unmatched
     )  # fmt: skip
 
 
@@ -217,7 +222,3 @@ def _other_bytes(model: nn.Module, modules: Mapping[str, ModulePlan], dtype: tor
         for name, tensor in model.state_dict().items()
         if name not in linears and name not in tied
     )
-
-
-def _some(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -11,6 +11,7 @@ import torch
 
 from attention.base import AttentionSpec
 from attention.registry import Selection
+from runtime.errors import some
 from runtime.memory import CacheSize, format_bytes
 
 if TYPE_CHECKING:
@@ -64,6 +65,9 @@ def plan_lines(plan: LoadPlan) -> list[tuple[str, str]]:
     for (kernel, reason), count in Counter((m.kernel, m.reason) for m in plan.quantized).items():
         lines.append(("kernel", f"{kernel} for {count} linear layers ({reason})"))
     lines += _input_lines(plan)
+    if plan.unmatched:
+        count = len(plan.unmatched)
+        lines.append(("unmatched", f"{count} entries of the configuration name no module: {some(plan.unmatched)}"))
     for why, count in Counter(plan.account.ignored.values()).items():
         lines.append(("ignored", f"{count} stored tensors: {why}"))
     for reason, names in _dense(plan).items():
@@ -100,7 +104,7 @@ def inspect_text(plan: LoadPlan, attention: Sequence[tuple[str, str]]) -> str:
         ("load peak", f"{format_bytes(plan.peak_bytes)} predicted"),
     ]
     account = plan.account
-    lines += [("unmatched", f"{entry} names no linear layer of this model") for entry in _unmatched(plan)]
+    lines += [("unmatched", f"{entry} names no module of this model") for entry in plan.unmatched]
     lines += [("ignored", f"{name}: {reason}") for name, reason in account.ignored.items()]
     lines += [("unclaimed", f"{name}: no module wants it; loading will refuse") for name in account.unclaimed]
     lines += [("missing", f"{name}: stored nowhere; loading will refuse") for name in account.missing]
@@ -136,7 +140,7 @@ def inspect_data(plan: LoadPlan, attention: Sequence[tuple[str, str]]) -> dict[s
             }
             for module in plan.modules.values()
         ],
-        "unmatched": _unmatched(plan),
+        "unmatched": list(plan.unmatched),
         "ignored": dict(plan.account.ignored),
         "unclaimed": list(plan.account.unclaimed),
         "missing": list(plan.account.missing),
@@ -145,11 +149,6 @@ def inspect_data(plan: LoadPlan, attention: Sequence[tuple[str, str]]) -> dict[s
 
 def _dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _unmatched(plan: LoadPlan) -> list[str]:
-    """Entries of the quantization configuration that are in vain."""
-    return plan.method.unmatched(plan.modules) if plan.method else []
 
 
 def _input_lines(plan: LoadPlan) -> list[tuple[str, str]]:

@@ -12,7 +12,9 @@ from importlib import import_module
 
 import torch
 
+from quant import plugins
 from quant.base import LinearKernel, LinearShape, NoKernel, Scheme
+from quant.plugins import installed
 
 KERNELS = {
     "cpu": "quant.kernels.cpu:CpuKernel",
@@ -31,19 +33,38 @@ class Choice:
 
 @cache
 def create(name: str) -> LinearKernel:
-    """The kernel of that name."""
-    if name not in KERNELS:
-        raise NoKernel(f"unknown kernel {name}; known: {', '.join(KERNELS)}")
-    module, _, attribute = KERNELS[name].partition(":")
-    kernel: LinearKernel = getattr(import_module(module), attribute)()
-    return kernel
+    """The kernel of that name, built-in or installed. Raises :class:`NoKernel` if there is none or it cannot be imported."""
+    if name in KERNELS:
+        module, _, attribute = KERNELS[name].partition(":")
+        kernel: LinearKernel = getattr(import_module(module), attribute)()
+        return kernel
+    plugin = installed(plugins.KERNELS, LinearKernel).get(name)
+    if plugin is None:
+        raise NoKernel(f"unknown kernel {name}; known: {', '.join(known())}")
+    if isinstance(plugin.found, str):
+        raise NoKernel(plugin.found)
+    return plugin.found()
+
+
+def known() -> list[str]:
+    """Names in the order in which they are asked. Installed ones come after every fast built-in one and before the
+    reference: a package takes over what was slow, and replaces what was fast only if it is asked for by name."""
+    strangers = [name for name in installed(plugins.KERNELS, LinearKernel) if name not in KERNELS]
+    *fast, reference = KERNELS
+    return [*fast, *strangers, reference]
 
 
 def choose(scheme: Scheme, shape: LinearShape, device: torch.device, asked: str | None = None) -> Choice:
     """The kernel ``asked`` for, or the first that does not refuse. One asked for by name never falls back."""
     refusals: dict[str, str] = {}
-    for name in KERNELS if asked is None else (asked,):
-        kernel = create(name)
+    for name in known() if asked is None else (asked,):
+        try:
+            kernel = create(name)
+        except NoKernel as error:
+            if asked is not None:
+                raise
+            refusals[name] = str(error)
+            continue
         refusal = kernel.refuses(scheme, shape, device)
         if refusal is None:
             return Choice(kernel, refusals)

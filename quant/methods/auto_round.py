@@ -20,7 +20,7 @@ from quant.matching import auto_round_rules
 from quant.methods.awq import AWQ
 from quant.methods.gptq import GPTQ
 from quant.methods.gptq_zeros import AUTO_ROUND
-from quant.methods.selection import Selection
+from quant.methods.selection import Selection, method_of
 
 NAMES = ("auto-round", "intel/auto-round")
 ELSEWHERE = {
@@ -46,7 +46,7 @@ class AutoRound(QuantMethod):
 
     @classmethod
     def from_checkpoint(cls, config: Mapping[str, Any], headers: Mapping[str, TensorSpec]) -> Self | None:
-        if str(config.get("quant_method", "")).lower().replace("_", "-") not in NAMES:
+        if method_of(config).replace("_", "-") not in NAMES:
             return None
         _refuse(config)
         rules = auto_round_rules(config)

@@ -27,7 +27,7 @@ from quant.base import (
 )
 from quant.matching import gptqmodel_rules
 from quant.methods.awq_layouts import LAYOUTS, Layout
-from quant.methods.selection import FORMAT, Options, Selection, read
+from quant.methods.selection import FORMAT, Options, Selection, method_of, read
 from quant.methods.settled import settled
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -46,7 +46,7 @@ class AWQ(QuantMethod):
 
     @classmethod
     def from_checkpoint(cls, config: Mapping[str, Any], headers: Mapping[str, TensorSpec]) -> Self | None:
-        if str(config.get("quant_method", "")).lower() != cls.name:
+        if method_of(config) != cls.name:
             return None
         version = version_of(config)
         if version not in LAYOUTS:
@@ -68,20 +68,8 @@ class AWQ(QuantMethod):
         return LAYOUTS[self.version]
 
     def scheme_for(self, layer: str, shape: LinearShape) -> Scheme | None:
-        if f"{layer}.qweight" not in self.headers:
-            for orphan in ("scales", "qzeros", "scaled_zeros"):
-                if f"{layer}.{orphan}" in self.headers:
-                    raise BadCheckpoint(f"{layer}: {orphan} is there but qweight is missing. The file is damaged.")
+        if not self.selection.is_stored(layer, self.headers, "qweight", ("scales", "qzeros", "scaled_zeros")):
             return None
-        if f"{layer}.weight" in self.headers:
-            raise BadCheckpoint(
-                f"{layer}: both qweight and a dense weight are stored. The file is damaged or merged by hand."
-            )
-        if entry := self.selection.contradiction(layer):
-            raise BadCheckpoint(
-                f"{layer}: qweight is stored, but {entry}. "
-                "Remove the entry from quantization_config, or the file is not the one that the config describes."
-            )
         options = self.selection.options_for(layer)
         assert options.group_size is not None
         group = shape.in_features if options.group_size == -1 else options.group_size

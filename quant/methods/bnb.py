@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -36,6 +36,8 @@ from quant.base import (
     UnsupportedCheckpoint,
     WeightKind,
 )
+from quant.methods.selection import method_of
+from quant.methods.skip_list import SkipList
 from quant.packing import pack_stream, swap_nibbles, unpack_stream
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -49,7 +51,7 @@ LAYOUTS = {1: "col32", 2: "col_turing", 3: "col_ampere"}
 class BitsAndBytes(QuantMethod):
     bits: int
     threshold: float
-    skipped: tuple[str, ...]
+    skipped: SkipList
     headers: Mapping[str, TensorSpec]
 
     name: ClassVar[str] = "bitsandbytes"
@@ -58,7 +60,7 @@ class BitsAndBytes(QuantMethod):
     @classmethod
     def from_checkpoint(cls, config: Mapping[str, Any], headers: Mapping[str, TensorSpec]) -> Self | None:
         four, eight = bool(config.get("load_in_4bit")), bool(config.get("load_in_8bit"))
-        method = str(config.get("quant_method") or "").lower()
+        method = method_of(config)
         if not (method.startswith("bitsandbytes") or (not method and (four or eight))):
             return None
         if four == eight:
@@ -75,7 +77,7 @@ class BitsAndBytes(QuantMethod):
                 "llm_int8_has_fp16_weight: true (quantization_config) keeps float16 weights for training, it is not supported. "
                 "Set it to false if the file holds int8 weights with SCB."
             )
-        skipped = tuple(str(entry) for entry in config.get("llm_int8_skip_modules") or ())
+        skipped = SkipList.of(config, ("llm_int8_skip_modules",), matching.components)
         threshold = config.get("llm_int8_threshold")
         return cls(4 if four else 8, 6.0 if threshold is None else float(threshold), skipped, headers)
 
@@ -92,11 +94,7 @@ class BitsAndBytes(QuantMethod):
                 f"{layer}: {'weight.absmax' if four else 'SCB'} is stored, but quantization_config says "
                 f"load_in_{self.bits}bit. The file is not the one that the config describes."
             )
-        if entry := matching.first(self.skipped, layer, matching.components):
-            raise BadCheckpoint(
-                f"{layer}: a quantized weight is stored, but llm_int8_skip_modules lists {entry!r}. "
-                "Remove the entry from quantization_config, or the file is not the one that the config describes."
-            )
+        self.skipped.require_absent(layer)
         if eight:
             activation = Activation(WeightKind.INT8, threshold=self.threshold)
             return Scheme(WeightKind.INT8, (1, shape.in_features), activation=activation)
@@ -104,9 +102,10 @@ class BitsAndBytes(QuantMethod):
         return Scheme(KINDS[self._quant_type(layer)], (1, block), flat=shape.in_features % block != 0)
 
     def dense_reason(self, layer: str) -> str:
-        if entry := matching.first(self.skipped, layer, matching.components):
-            return f"named in llm_int8_skip_modules ({entry!r})"
-        return "stored dense: no weight.absmax and no SCB beside its weight"
+        return self.skipped.naming(layer) or "stored dense: no weight.absmax and no SCB beside its weight"
+
+    def unmatched(self, layers: Iterable[str]) -> list[str]:
+        return self.skipped.unmatched(layers)
 
     def tensors(self, layer: str, shape: LinearShape) -> dict[str, TensorSpec]:
         if self.bits == 8:

@@ -16,7 +16,7 @@ Each layer's tensors say which format it is stored in; the group that targets it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -44,6 +44,7 @@ from quant.compressed_layout import (
 )
 from quant.float8 import POWER_DTYPES, SCALE_DTYPES, canonical_scale, is_float8, single
 from quant.kv_scales import kv_scale_reason
+from quant.methods.selection import method_of
 from quant.packing import pack_stream, unpack_stream
 
 BESIDE_CODES = (
@@ -64,7 +65,7 @@ class CompressedTensors(QuantMethod):
     def from_checkpoint(cls, config: Mapping[str, Any], headers: Mapping[str, TensorSpec]) -> Self | None:
         nested = config.get("quantization_config")  # old files keep theirs one level deeper
         config = nested if isinstance(nested, Mapping) and "config_groups" in nested else config
-        method = str(config.get("quant_method") or "").lower().replace("_", "-")
+        method = method_of(config).replace("_", "-")
         if method != cls.name and (method or "config_groups" not in config):
             return None
         return cls(CompressedConfig.read(config), headers)
@@ -96,6 +97,9 @@ class CompressedTensors(QuantMethod):
         if self.config.group_of(layer) is None:
             return "no group of quantization_config targets it"
         return "stored dense: no codes for it"
+
+    def unmatched(self, layers: Iterable[str]) -> list[str]:
+        return self.config.unmatched(layers)
 
     def ignored(self, name: str) -> str | None:
         return kv_scale_reason(name)

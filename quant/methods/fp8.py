@@ -14,7 +14,7 @@ and ``fbgemm_fp8.py``, vLLM 0.33 ``model_executor/layers/quantization/fp8.py``, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -36,6 +36,8 @@ from quant.base import (
 )
 from quant.float8 import POWER_DTYPES, SCALE_DTYPES, canonical_scale, is_float8, single
 from quant.kv_scales import kv_scale_reason
+from quant.methods.selection import method_of
+from quant.methods.skip_list import SkipList
 from quant.scheme import ScaleRule
 
 NAMES = ("fp8", "fbgemm_fp8", "mxfp8")
@@ -53,7 +55,7 @@ class FP8(QuantMethod):
     stored_as: str
     block: tuple[int, int] | None
     inputs: Activation | None
-    skipped: tuple[str, ...]
+    skipped: SkipList
     headers: Mapping[str, TensorSpec]
 
     name: ClassVar[str] = "fp8"
@@ -61,7 +63,7 @@ class FP8(QuantMethod):
 
     @classmethod
     def from_checkpoint(cls, config: Mapping[str, Any], headers: Mapping[str, TensorSpec]) -> Self | None:
-        method = str(config.get("quant_method", "")).lower()
+        method = method_of(config)
         if method not in NAMES:
             return None
         if (fmt := str(config.get("fmt") or config.get("format") or "e4m3").lower()) not in ("e4m3", "float8_e4m3fn"):
@@ -79,7 +81,7 @@ class FP8(QuantMethod):
                 f"activation_scheme 'static' together with weight_block_size {list(block)} (quantization_config) is not "
                 "defined: blocks of weights go with dynamic scales per block of inputs. The configuration is wrong."
             )
-        skipped = tuple(str(entry) for key in SKIP_LISTS for entry in config.get(key) or ())
+        skipped = SkipList.of(config, SKIP_LISTS, matching.components)
         return cls(
             method, block, _dynamic(method, block, config) if activation == "dynamic" else None, skipped, headers
         )
@@ -104,17 +106,14 @@ class FP8(QuantMethod):
             raise BadCheckpoint(
                 f"{layer}: an FP8 weight is stored with {what}, it needs exactly one. The file is damaged."
             )
-        if entry := matching.first(self.skipped, layer, matching.components):
-            raise BadCheckpoint(
-                f"{layer}: an FP8 weight is stored, but {' / '.join(SKIP_LISTS)} lists {entry!r}. "
-                "Remove the entry from quantization_config, or the file is not the one that the config describes."
-            )
+        self.skipped.require_absent(layer)
         return Scheme(WeightKind.FP8, self._block_of(layer, scales[0], shape), activation=self._activation(layer))
 
     def dense_reason(self, layer: str) -> str:
-        if entry := matching.first(self.skipped, layer, matching.components):
-            return f"named in {' / '.join(SKIP_LISTS)} ({entry!r})"
-        return "stored dense: its weight is not FP8"
+        return self.skipped.naming(layer) or "stored dense: its weight is not FP8"
+
+    def unmatched(self, layers: Iterable[str]) -> list[str]:
+        return self.skipped.unmatched(layers)
 
     def ignored(self, name: str) -> str | None:
         return kv_scale_reason(name)

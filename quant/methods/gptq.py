@@ -34,7 +34,7 @@ from quant.base import (
 from quant.matching import gptqmodel_rules
 from quant.methods.gptq_config import REQUANTIZE, producer_of, refuse
 from quant.methods.gptq_zeros import AUTO_ROUND, GPTQMODEL, carries, next_code, with_carry
-from quant.methods.selection import FORMAT, Options, Selection, read
+from quant.methods.selection import FORMAT, Options, Selection, method_of, read
 from quant.methods.settled import settled
 from quant.packing import (
     MARLIN_TILE,
@@ -70,7 +70,7 @@ class GPTQ(QuantMethod):
 
     @classmethod
     def from_checkpoint(cls, config: Mapping[str, Any], headers: Mapping[str, TensorSpec]) -> Self | None:
-        stored = str(config.get("quant_method", "")).lower()
+        stored = method_of(config)
         if stored not in (cls.name, "marlin"):
             return None
         marlin = stored == "marlin" or config.get("is_marlin_format")
@@ -101,25 +101,13 @@ class GPTQ(QuantMethod):
         return f"gptq ({self.format}), {self.selection}"
 
     def scheme_for(self, layer: str, shape: LinearShape) -> Scheme | None:
-        main = "B" if self.format == "marlin" else "qweight"
-        if f"{layer}.{main}" not in self.headers:
-            orphans = ("s",) if self.format == "marlin" else ("scales", "qzeros", "g_idx")
-            for orphan in orphans:
-                if f"{layer}.{orphan}" in self.headers:
-                    raise BadCheckpoint(f"{layer}: {orphan} is there but {main} is missing. The file is damaged.")
+        marlin = self.format == "marlin"
+        codes, beside = ("B", ("s",)) if marlin else ("qweight", ("scales", "qzeros", "g_idx"))
+        if not self.selection.is_stored(layer, self.headers, codes, beside):
             return None
-        if f"{layer}.weight" in self.headers:
-            raise BadCheckpoint(
-                f"{layer}: both {main} and a dense weight are stored. The file is damaged or merged by hand."
-            )
-        if entry := self.selection.contradiction(layer):
-            raise BadCheckpoint(
-                f"{layer}: {main} is stored, but {entry}. "
-                "Remove the entry from quantization_config, or the file is not the one that the config describes."
-            )
         options = self.selection.options_for(layer)
         group = self._group(layer, shape, options)
-        if self.format == "marlin":
+        if marlin:
             return self._marlin_scheme(layer, shape, options, group)
         self._check_bits(layer, shape, options)
         zeros = f"{layer}.qzeros" in self.headers

@@ -17,7 +17,7 @@ compressed-tensors', whose numbers are the same under reciprocal global scales. 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -39,6 +39,8 @@ from quant.base import (
 )
 from quant.float8 import SCALE_DTYPES, canonical_scale, is_float8, single
 from quant.kv_scales import kv_scale_reason
+from quant.methods.selection import method_of
+from quant.methods.skip_list import SkipList
 from quant.scheme import ScaleRule
 
 TENSOR, CHANNEL, BLOCKS, MIXED = "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "MIXED_PRECISION"
@@ -59,14 +61,14 @@ class ModelOpt(QuantMethod):
 
     algorithm: str
     layers: Mapping[str, str]
-    skipped: tuple[str, ...]
+    skipped: SkipList
     headers: Mapping[str, TensorSpec]
 
     name: ClassVar[str] = "modelopt"
 
     @classmethod
     def from_checkpoint(cls, config: Mapping[str, Any], headers: Mapping[str, TensorSpec]) -> Self | None:
-        method = str(config.get("quant_method") or "").lower()
+        method = method_of(config)
         nested = config.get("quantization")  # as the side file has it
         entries = nested if isinstance(nested, Mapping) else config
         if not (method.startswith(cls.name) or (not method and "quant_algo" in entries)):
@@ -75,7 +77,7 @@ class ModelOpt(QuantMethod):
             str(layer): _algorithm(entry.get("quant_algo"), f"quantized_layers: {layer}: quant_algo")
             for layer, entry in (entries.get("quantized_layers") or {}).items()
         }
-        skipped = tuple(str(entry) for key in SKIP_LISTS for entry in entries.get(key) or ())
+        skipped = SkipList.of(entries, SKIP_LISTS, matching.modelopt)
         return cls(_algorithm(entries.get("quant_algo"), "quant_algo"), layers, skipped, headers)
 
     @property
@@ -92,11 +94,7 @@ class ModelOpt(QuantMethod):
         else:
             self._refuse_other(layer)
             return None
-        if entry := self._skip_entry(layer):
-            raise BadCheckpoint(
-                f"{layer}: a quantized weight is stored, but {' / '.join(SKIP_LISTS)} lists {entry!r}. "
-                "Remove the entry from the configuration, or the file is not the one that it describes."
-            )
+        self.skipped.require_absent(layer)
         if (expected := self.layers.get(layer, self.algorithm)) not in (found, MIXED):
             raise BadCheckpoint(f"{layer} is stored as {found}, but the configuration says quant_algo: {expected}.")
         return scheme
@@ -121,9 +119,13 @@ class ModelOpt(QuantMethod):
         )
 
     def dense_reason(self, layer: str) -> str:
-        if entry := self._skip_entry(layer):
-            return f"named in {' / '.join(SKIP_LISTS)} ({entry!r})"
-        return "stored dense: its weight is neither FP8 nor NVFP4"
+        return self.skipped.naming(layer) or "stored dense: its weight is neither FP8 nor NVFP4"
+
+    def unmatched(self, layers: Iterable[str]) -> list[str]:
+        known = list(layers)
+        return self.skipped.unmatched(known) + [
+            f"quantized_layers: {name}" for name in self.layers if name not in known
+        ]
 
     def ignored(self, name: str) -> str | None:
         return kv_scale_reason(name)
@@ -174,9 +176,6 @@ class ModelOpt(QuantMethod):
                 f"{layer}.weight is {weight}, modelopt's {'AWQ (pre_quant_scale)' if awq else '4-bit or int8'} layout, "
                 f"which is not supported; known: {', '.join(ALGORITHMS)}. Use an AWQ, GPTQ or FP8 copy of the model."
             )
-
-    def _skip_entry(self, layer: str) -> str | None:
-        return matching.first(self.skipped, layer, matching.modelopt)
 
 
 def _algorithm(value: Any, where: str) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quant import matching
-from quant.base import BadCheckpoint, UnsupportedCheckpoint
+from quant.base import BadCheckpoint, TensorSpec, UnsupportedCheckpoint
 from quant.matching import NO_RULES, Rules
 
 BITS = ("bits", "w_bit", "wbits")
@@ -23,6 +23,11 @@ SUPPORTED_BITS = range(2, 9)
 def read(config: Mapping[str, Any], names: Iterable[str], default: Any = None) -> Any:
     """The first of several spellings that is there and not null."""
     return next((config[name] for name in names if config.get(name) is not None), default)
+
+
+def method_of(config: Mapping[str, Any]) -> str:
+    """``quant_method`` in small letters, empty if there is none."""
+    return str(config.get("quant_method") or "").lower()
 
 
 def names_in(config: Mapping[str, Any], field: str) -> tuple[str, ...]:
@@ -103,6 +108,28 @@ class Selection:
         entry = self.rules.find(layer)
         settings = None if entry is None else self.rules.settings[entry]
         return self.options if settings is None else self.options.updated(settings)
+
+    def is_stored(self, layer: str, headers: Mapping[str, TensorSpec], codes: str, beside: Iterable[str]) -> bool:
+        """Whether the tensor ``codes`` of a layer is stored; those ``beside`` it mean nothing alone.
+
+        Raises :class:`BadCheckpoint` if they are alone, if a dense weight is stored as well, or if the configuration
+        leaves the layer dense.
+        """
+        if f"{layer}.{codes}" not in headers:
+            for orphan in beside:
+                if f"{layer}.{orphan}" in headers:
+                    raise BadCheckpoint(f"{layer}: {orphan} is there but {codes} is missing. The file is damaged.")
+            return False
+        if f"{layer}.weight" in headers:
+            raise BadCheckpoint(
+                f"{layer}: both {codes} and a dense weight are stored. The file is damaged or merged by hand."
+            )
+        if entry := self.contradiction(layer):
+            raise BadCheckpoint(
+                f"{layer}: {codes} is stored, but {entry}. "
+                "Remove the entry from quantization_config, or the file is not the one that the config describes."
+            )
+        return True
 
     def contradiction(self, layer: str) -> str | None:
         """The entry that surely says that a layer is dense: a rule, or a whole name in ``modules_to_not_convert``.
