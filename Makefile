@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow check format bench clean
+.PHONY: demo test test-slow test-cuda check format bench clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -27,6 +27,9 @@ test: check
 
 test-slow: .venv/installed
 	$(PYTEST) -m slow
+
+test-cuda: .venv/installed
+	$(BIN)/python -m pytest -m cuda tests/runtime/test_cuda.py tests/runtime/test_cuda_formats.py --durations=10
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

@@ -52,8 +52,9 @@ class Case:
 
 FP16: dict[str, Any] = {"tolerance": 0.013}
 """Writers that compute in float16."""
-FP32: dict[str, Any] = {"tolerance": 0.005}
-"""auto-gptq, which computes in float32."""
+FP32: dict[str, Any] = {"tolerance": 0.005, "mean": 0.0005}
+"""auto-gptq, which computes in float32, but with rotary frequencies that had been rounded to float16: 5e-6 is left when we do
+so too (``test_writers``)."""
 BF16: dict[str, Any] = {"tolerance": 0.1, "mean": 0.01, "dtype": "bfloat16"}
 """Writers that compute in bfloat16: the noise of their arithmetic, with quantized inputs or without."""
 EIGHT: dict[str, Any] = {"bites": False, "native": False}
@@ -61,11 +62,14 @@ EIGHT: dict[str, Any] = {"bites": False, "native": False}
 WIDE = BF16 | EIGHT
 W8A8 = WIDE | {"inputs": True}
 LLM_INT8 = W8A8 | {"tolerance": 0.25, "mean": 0.025}
-"""Rounding inputs to int8 makes more of that noise: 2.5 times as much in the mean, so as much more at most."""
+"""bitsandbytes leaves whole columns of a batch unrounded where one token has an outlier, here each token is computed as it
+would be alone: 13 columns of its inputs in all. Nothing is left when we do so too (``test_writers``)."""
 WEIGHTS: dict[str, Any] = {"tolerance": None, "native": False}
-"""No logits to compare with."""
+"""The logits are those of a quantized KV cache, and modelopt's also of other codes than it exported: ``test_writers`` and
+``test_quantized_inputs`` reproduce them."""
 BNB4: dict[str, Any] = {"tolerance": 0.1, "mean": 0.015, "native": False}
-"""bitsandbytes multiplies 4-bit weights on a CPU with arithmetic of its own. The measured noise is 0.01 to two decimals."""
+"""bitsandbytes rounds absmax and the table to bfloat16 on a CPU, and the sum before it adds the bias: 0.003 is left in the mean
+when we do so too (``test_writers``)."""
 
 AUTOAWQ, GPTQMODEL, AUTOGPTQ, AUTOROUND = "AutoAWQ 0.2.9", "GPTQModel 7.7.0", "auto-gptq 0.7.1", "auto-round 0.15.1"
 BNB, TRANSFORMERS, MODELOPT = "bitsandbytes 0.50.2", "Transformers 5.23", "modelopt 0.47.0"
@@ -80,8 +84,7 @@ INTEGER_CASES = [
         "AWQ", "gemv_fast, 4 bit, group 64", AUTOAWQ, "autoawq--gemv_fast-g64", **FP16, logits="autoawq--gemv_fast-g64"
     ),
     Case("AWQ", "marlin, 4 bit, symmetric", AUTOAWQ, "autoawq--marlin-g128", tolerance=None),
-    # It is what float64 gives as well: the file rounds embeddings and norms to float16, the writer ran without.
-    Case("GPTQ", "3 bit, zero points", AUTOGPTQ, "auto-gptq--w3g32-asym", tolerance=0.0065),
+    Case("GPTQ", "3 bit, zero points", AUTOGPTQ, "auto-gptq--w3g32-asym", **FP32 | {"tolerance": 0.0065}),
     Case("GPTQ", "4 bit, act-order", AUTOGPTQ, "auto-gptq--w4g32-desc", **FP32),
     Case("GPTQ", "4 bit, act-order, static groups", AUTOGPTQ, "auto-gptq--w4g32-desc-static", **FP32),
     Case("GPTQ", "2 bit, symmetric", GPTQMODEL, "gptqmodel--gptq-w2-sym", **FP16),

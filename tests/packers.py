@@ -94,3 +94,41 @@ def pack_marlin(codes: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.n
     single = [2 * i + j for i in range(4) for j in (0, 1, 8, 9, 16, 17, 24, 25)]
     chosen = grouped if len(scales) > 1 else single
     return pack_rows(tiles, 4), scales.reshape(-1, len(chosen))[:, chosen].reshape(scales.shape)
+
+
+def pack_apart(codes: np.ndarray, bits: int) -> np.ndarray:
+    """``[rows, count]`` codes to int32 words with no code across the end of a word: compressed-tensors before 0.18."""
+    each = 32 // bits
+    starts = range(0, codes.shape[1], each)
+    rows = [[split(stream(row[k : k + each], bits), 1, 32)[0] for k in starts] for row in codes.tolist()]
+    return np.array(rows, np.int32).reshape(len(codes), len(starts))
+
+
+def pack_nibbles(codes: Sequence[int], high_first: bool = False) -> np.ndarray:
+    """Two codes a byte: the first in the low nibble, or, as bitsandbytes does, in the high one."""
+    pairs = [codes[k : k + 2] for k in range(0, len(codes), 2)]
+    shift = (4, 0) if high_first else (0, 4)
+    return np.array([sum(int(c) << s for c, s in zip(pair, shift, strict=False)) for pair in pairs], np.uint8)
+
+
+def pack_bitmask(dense: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``[rows, columns]``: the values that are not zero, row by row, and a bit for every place, least significant first."""
+    kept = [[value for value in row if value] for row in dense.tolist()]
+    masks = [split(stream([value != 0 for value in row], 1), -(-len(row) // 8), 8) for row in dense.tolist()]
+    return np.array(kept), np.array(masks, np.int8).view(np.uint8)
+
+
+def e2m1(code: int) -> float:
+    """A sign, two bits of exponent with bias 1, one of mantissa (OCP Microscaling Formats 1.0)."""
+    sign, exponent, mantissa = code >> 3, code >> 1 & 3, code & 1
+    size = (1 + mantissa / 2) * 2.0 ** (exponent - 1) if exponent else mantissa / 2
+    return -size if sign else size
+
+
+def e4m3(code: int) -> float:
+    """A sign, four bits of exponent with bias 7, three of mantissa; all ones are NaN (OCP 8-bit Floating Point 1.0)."""
+    sign, exponent, mantissa = code >> 7, code >> 3 & 15, code & 7
+    if exponent == 15 and mantissa == 7:
+        return float("nan")
+    size = (1 + mantissa / 8) * 2.0 ** (exponent - 7) if exponent else mantissa / 8 * 2.0**-6
+    return -size if sign else size

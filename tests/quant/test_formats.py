@@ -43,9 +43,6 @@ def difference(case: Case, dtype: str, kernel: str | None) -> tuple[Tensor, floa
 @pytest.mark.parametrize("case", WITH_LOGITS, ids=lambda case: case.checkpoint)
 def test_logits_are_those_of_the_writer(case: Case) -> None:
     found, moved = difference(case, case.dtype, "reference")
-    print(
-        "MEAS", case.checkpoint, case.tolerance, found.max().item(), found.mean().item(), case.mean, moved, case.bites
-    )
     assert case.tolerance is not None
     assert found.max() < case.tolerance
     assert case.mean is None or found.mean() < case.mean

@@ -7,6 +7,7 @@ import torch
 
 from runtime import LLM, SamplingParams
 
+pytestmark = pytest.mark.cuda
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
