@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow check format bench clean
+# make architectures: the sweep behind ARCHITECTURES.md.
+.PHONY: demo test test-slow architectures check format bench clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -24,6 +25,9 @@ test: check
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow --durations=10
+
+architectures: .venv/installed
+	$(BIN)/python -m tests.architectures --write
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .
