@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-cuda check format bench clean
+# make architectures: the sweep behind ARCHITECTURES.md.
+.PHONY: demo test test-slow test-cuda architectures check format bench clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -30,6 +31,9 @@ test-slow: .venv/installed
 
 test-cuda: .venv/installed
 	$(BIN)/python -m pytest -m cuda tests/runtime/test_cuda.py tests/runtime/test_cuda_formats.py --durations=10
+
+architectures: .venv/installed
+	$(BIN)/python -m tests.architectures --write
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

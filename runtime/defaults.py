@@ -31,7 +31,7 @@ def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     """The ids after which nothing follows: of the generation configuration, else of the model's, and the tokenizer's."""
     ends = model.generation_config.eos_token_id
     if ends is None:
-        ends = model.config.get_text_config().eos_token_id
+        ends = getattr(model.config.get_text_config(), "eos_token_id", None)
     listed = ends if isinstance(ends, list) else [ends]
     tokens = {*listed, getattr(tokenizer, "eos_token_id", None)}
     return frozenset(token for token in tokens if token is not None)
