@@ -24,6 +24,7 @@ ENGINE = (
 QUEUE = ("max_queued_requests", "queue_timeout", "request_timeout", "seed")
 SERVER = (
     "host", "port", "served_model_name", "api_key", "api_key_file", "allowed_hosts", "max_body_bytes", "chat_template",
+    "tool_call_parser", "reasoning_parser",
     "sampling_defaults", "watchdog_timeout", "shutdown_timeout", "log_level",
 )  # fmt: skip
 
@@ -125,6 +126,14 @@ def server_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--allowed-hosts", type=_names, metavar="H,H", help="default: loopback names when on loopback")
     group.add_argument("--max-body-bytes", type=int, metavar="N", help="default: 8 MiB")
     group.add_argument("--chat-template", metavar="FILE", help="instead of the tokenizer's own")
+    group.add_argument(
+        "--tool-call-parser",
+        metavar="NAME",
+        help="how calls look: hermes, qwen25, qwen3_coder; default: known for the model",
+    )
+    group.add_argument(
+        "--reasoning-parser", metavar="NAME", help="how thoughts look: qwen3, deepseek-r1; default: known for the model"
+    )
     group.add_argument(
         "--sampling-defaults", choices=("model", "openai"), help="from generation_config.json (default), or plain"
     )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -13,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from runtime.errors import InvalidRequest
 from runtime.request import Delta, SamplingParams, TokenLogprob
 from runtime.server.protocol import ChatRequest, CompletionRequest, OpenAI, many_prompts
+from runtime.server.reply import Piece, ReplyParser
 from runtime.server.service import Service
 
 router = APIRouter()
@@ -37,13 +40,28 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     service.worker.require_room(params.n)
     messages = [message.plain() for message in body.messages]
     continued = bool(body.continue_final_message)
-    prompt = await service.render(
+    use, form = body.tool_use, await service.reply_format()
+    if use.tools and use.forced is None and not form.reads_calls:
+        raise InvalidRequest(
+            "tools with tool_choice 'auto' cannot be served: how this model writes calls is not known. "
+            "Start the server with --tool-call-parser, or demand a call with tool_choice 'required'."
+        )
+    text = await service.render(
         messages,
         add_generation_prompt=not continued if body.add_generation_prompt is None else body.add_generation_prompt,
         continue_final_message=continued,
+        tools=use.tools,
         options=body.chat_template_kwargs,
     )
-    return await _answer(request, service, ChatWriter(service, body, params, [prompt]))
+    separate = body.separate_reasoning is not False
+    if form.marked(use, separate_reasoning=separate):
+        params = replace(params, skip_special_tokens=False)
+    prompt = await service.encode(text, special=False)
+
+    def new_parser() -> ReplyParser:
+        return form.parser(use, text, separate_reasoning=separate)
+
+    return await _answer(request, service, ChatWriter(service, body, params, [prompt], new_parser))
 
 
 async def _answer(request: Request, service: Service, writer: Writer) -> Response:
@@ -135,18 +153,53 @@ class Writer:
 class ChatWriter(Writer):
     prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
+    def __init__(
+        self,
+        service: Service,
+        body: OpenAI,
+        params: SamplingParams,
+        prompts: Sequence[list[int]],
+        new_parser: Callable[[], ReplyParser],
+    ):
+        super().__init__(service, body, params, prompts)
+        self._parsers: defaultdict[int, ReplyParser] = defaultdict(new_parser)
+        self._called: set[int] = set()
+
     def _finished(self, place: int, delta: Delta) -> dict[str, Any]:
-        message = {"role": "assistant", "content": delta.text, "refusal": None}
+        piece = self._read(place, delta)
+        message: dict[str, Any] = {"role": "assistant", "content": piece.content, "refusal": None}
+        if piece.reasoning:
+            message["reasoning_content"] = piece.reasoning
+        if piece.calls:
+            message["content"] = piece.content or None
+            message["tool_calls"] = [call.whole() for call in piece.calls]
         return {**self._choice(place, delta), "message": message, "logprobs": self._logprobs(delta)}
+
+    def _read(self, place: int, delta: Delta) -> Piece:
+        index = self._index(place, delta)
+        piece = self._parsers[index].feed(delta.text, last=delta.finish_reason is not None)
+        if piece.calls:
+            self._called.add(index)
+        return piece
+
+    def _choice(self, place: int, delta: Delta) -> dict[str, Any]:
+        choice = super()._choice(place, delta)
+        called = choice["index"] in self._called and choice["finish_reason"] == "stop"
+        return {**choice, "finish_reason": "tool_calls"} if called else choice
 
     def _partial(self, place: int, delta: Delta) -> list[dict[str, Any]]:
         index, choices = self._index(place, delta), []
+        said = self._read(place, delta)
         if index not in self._begun:
             self._begun.add(index)
             first = {"role": "assistant", "content": ""}
             choices.append({"index": index, "delta": first, "logprobs": None, "finish_reason": None})
-        if delta.text or delta.logprobs or delta.finish_reason:
-            piece = {"content": delta.text} if delta.text else {}
+        piece: dict[str, Any] = {"content": said.content} if said.content else {}
+        if said.reasoning:
+            piece["reasoning_content"] = said.reasoning
+        if said.calls:
+            piece["tool_calls"] = [call.delta() for call in said.calls]
+        if piece or delta.logprobs or delta.finish_reason:
             choices.append({**self._choice(place, delta), "delta": piece, "logprobs": self._logprobs(delta)})
         return choices
 

@@ -21,6 +21,8 @@ class ServerOptions:
     allowed_hosts: tuple[str, ...] = ()
     max_body_bytes: int = 8 * 2**20
     chat_template: str | None = None
+    tool_call_parser: str | None = None
+    reasoning_parser: str | None = None
     sampling_defaults: str = "model"
     watchdog_timeout: float = 300.0
     shutdown_timeout: float = 30.0

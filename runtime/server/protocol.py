@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from runtime.errors import InvalidRequest
 from runtime.request import SamplingParams
+from runtime.server.tools import MAX_TOOLS, Tool, ToolUse, with_parsed_arguments
 
 MAX_PROMPTS = 256
 MAX_MESSAGES = 4096
@@ -20,16 +21,14 @@ MAX_MESSAGES = 4096
 HARMLESS = frozenset(
     {
         "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-        "parallel_tool_calls", "verbosity",
+        "verbosity",
     }
 )  # fmt: skip
 """Fields of the OpenAI API that change nothing about an answer given here."""
 
 REFUSED = {
-    "tools": "tools are not supported",
-    "tool_choice": "tools are not supported",
-    "functions": "tools are not supported",
-    "function_call": "tools are not supported",
+    "functions": "use tools",
+    "function_call": "use tool_choice",
     "audio": "text only",
     "modalities": "text only",
     "prediction": "predicted outputs are not supported",
@@ -171,7 +170,7 @@ class Message(BaseModel):
                         f"messages: content of type {part.get('type')!r:.64} cannot be served: text only, no URL is fetched."
                     )
             values["content"] = "".join(part["text"] for part in self.content)
-        return values
+        return with_parsed_arguments(values)
 
 
 class ChatRequest(OpenAI):
@@ -182,6 +181,18 @@ class ChatRequest(OpenAI):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, bool | int | float | str | None] | None = Field(None, max_length=16)
+    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    separate_reasoning: bool | None = None
+
+    @property
+    def tool_use(self) -> ToolUse:
+        """Raises :class:`InvalidRequest`."""
+        return ToolUse.of(self.tools, self.tool_choice, self.parallel_tool_calls is not False)
+
+    def form(self) -> dict[str, Any] | None:
+        return one_form(super().form() or {}, self.tool_use.form() or {})
 
     def params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         self.refuse_unknown()
@@ -258,10 +269,12 @@ def many_prompts(value: str | list[str] | list[int] | list[list[int]], field: st
 
 
 def one_form(*sources: Mapping[str, Any]) -> dict[str, Any] | None:
-    forms = {name: value for source in sources for name, value in source.items() if value is not None}
+    """The one form of an answer that these ask for. Raises :class:`InvalidRequest`."""
+    forms = [(name, value) for source in sources for name, value in source.items() if value is not None]
     if len(forms) > 1:
-        raise InvalidRequest(f"an answer can have one form; {', '.join(sorted(forms))} were asked for.")
-    return forms or None
+        names = ", ".join(sorted(name for name, _ in forms))
+        raise InvalidRequest(f"an answer can have one form; {names} were asked for (a demanded tool call is json).")
+    return dict(forms) or None
 
 
 def _response_format(value: Mapping[str, Any] | None) -> dict[str, Any]:

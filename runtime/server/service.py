@@ -25,6 +25,7 @@ from runtime.request import Delta, SamplingParams
 from runtime.server.errors import ModelNotFound, NotReady, describe, error_body
 from runtime.server.metrics import Metrics
 from runtime.server.options import ServerOptions
+from runtime.server.reply import ReplyFormat
 from runtime.server.template import RENDER_SECONDS, load_template, render
 from runtime.worker import Stream, Worker, failure_of
 
@@ -50,8 +51,10 @@ class Service:
         self.metrics = metrics
         self.name = options.served_model_name or worker.config.model
         self.template = load_template(options.chat_template)
+        ReplyFormat.find(None, "", options.tool_call_parser, options.reasoning_parser)  # unknown names end the start
         self.created = int(time.time())
         self._tokenizer: Any = None
+        self._reply_format: ReplyFormat | None = None
         # One thread: a fast tokenizer is not to be used from two at once.
         self._texts = ThreadPoolExecutor(1, thread_name_prefix="text")
         self._slow = ThreadPoolExecutor(4, thread_name_prefix="compile")
@@ -122,15 +125,27 @@ class Service:
                 f"the prompt has {len(prompt)} characters; {self.engine.max_model_len} tokens cannot hold more than {most}."
             )
 
-    async def render(self, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
-        """Token ids of a conversation. Raises :class:`InvalidRequest`."""
+    async def reply_format(self) -> ReplyFormat:
+        """How this model marks thoughts and calls."""
+        if self._reply_format is None:
+            find = functools.partial(
+                ReplyFormat.find,
+                self.tokenizer,
+                self.engine.loaded.plan.config.model_type,
+                self.options.tool_call_parser,
+                self.options.reasoning_parser,
+            )
+            self._reply_format = await self._on(self._slow, find)
+        return self._reply_format
+
+    async def render(self, messages: Sequence[dict[str, Any]], **options: Any) -> str:
+        """The prompt of a conversation. Raises :class:`InvalidRequest`."""
         tokenizer = self.tokenizer
         try:
             async with asyncio.timeout(RENDER_SECONDS + 1):
-                text = await self._on(self._slow, lambda: render(tokenizer, self.template, messages, **options))
+                return await self._on(self._slow, lambda: render(tokenizer, self.template, messages, **options))
         except TimeoutError:
             raise InvalidRequest("the chat template did not end in time with these messages.") from None
-        return await self.encode(text, special=False)
 
     async def compile(self, params: SamplingParams) -> Matcher | None:
         """The grammar of a request. Raises :class:`InvalidRequest`."""

@@ -46,6 +46,7 @@ def render(
     *,
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
+    tools: Sequence[Mapping[str, Any]] = (),
     options: Mapping[str, Any] | None = None,
     seconds: float = RENDER_SECONDS,
 ) -> str:
@@ -54,6 +55,8 @@ def render(
         raise InvalidRequest(
             "this model has no chat template: use /v1/completions, or start the server with --chat-template."
         )
+    if tools and "tools" not in str(template or tokenizer.chat_template):
+        raise InvalidRequest("tools cannot be served: the chat template of this model has no place for them.")
     for name in options or {}:
         if name in RESERVED or not name.isidentifier():
             raise InvalidRequest(f"chat_template_kwargs: {name[:64]!r} is not for templates.")
@@ -66,6 +69,7 @@ def render(
                     chat_template=template,
                     add_generation_prompt=add_generation_prompt,
                     continue_final_message=continue_final_message,
+                    tools=list(tools) or None,
                     tokenize=False,
                     **(options or {}),
                 )

@@ -1,0 +1,248 @@
+"""Tools and reasoning: what a client demands it gets, what a model writes is read, and nothing of it is lost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import openai
+import pytest
+
+from runtime.errors import InvalidRequest, LoadError
+from runtime.server.reply import Piece, ReplyFormat
+from runtime.server.tools import Tool, ToolUse, with_parsed_arguments
+from tests.runtime.served import Served
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "of a city",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Rome", "Oslo"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+            "required": ["city", "days"],
+            "additionalProperties": False,
+        },
+    },
+}
+CLOCK = {"type": "function", "function": {"name": "clock"}}
+TOOLS = [WEATHER, CLOCK]
+TEMPLATE = """{% for tool in tools or [] %}tool {{ tool.function.name }}
+{% endfor %}{% for message in messages %}{{ message.role }}: {{ message.content }}
+{% for call in message.tool_calls or [] %}{{ call.function.name }} {{ call.function.arguments.city }}
+{% endfor %}{% endfor %}"""
+
+USE = ToolUse(tuple(TOOLS))
+
+
+def read(
+    form: ReplyFormat, text: str, *, step: int, use: ToolUse = USE, prompt: str = "", separate: bool = True
+) -> Piece:
+    """The reply in pieces of ``step`` characters."""
+    parser, whole = form.parser(use, prompt, separate_reasoning=separate), Piece()
+    for start in range(0, len(text), step):
+        whole.merge(parser.feed(text[start : start + step], last=False))
+    whole.merge(parser.feed("", last=True))
+    return whole
+
+
+def calls(piece: Piece) -> list[tuple[str | None, Any]]:
+    return [(call.name, json.loads(call.arguments)) for call in piece.calls]
+
+
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome", "days": 2}}\n</tool_call>'
+CODER = """<tool_call>
+<function=weather>
+<parameter=city>
+Rome
+</parameter>
+<parameter=days>
+2
+</parameter>
+</function>
+</tool_call>"""
+MEANT = ("weather", {"city": "Rome", "days": 2})
+QWEN_PROMPT = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 7, 1000])
+@pytest.mark.parametrize(
+    ("form", "prompt", "text"),
+    [
+        (ReplyFormat.find(None, "", "hermes", "qwen3"), "", f"<think>\nI must ask.\n</think>\n\nLook:\n{CALL}"),
+        (ReplyFormat.find(None, "", "qwen25", "deepseek-r1"), "", f"I must ask.\n</think>\n\nLook:\n{CALL}"),
+        (ReplyFormat.find(None, "", "qwen3_coder", "qwen3"), "x<think>\n", f"I must ask.\n</think>\n\nLook:\n{CODER}"),
+    ],
+)
+def test_thoughts_answers_and_calls_are_told_apart(form: ReplyFormat, prompt: str, text: str, step: int) -> None:
+    reply = read(form, text, step=step, prompt=prompt)
+    assert (reply.reasoning, reply.content, calls(reply)) == ("I must ask.", "Look:", [MEANT])
+
+
+@pytest.mark.parametrize("step", [1, 5, 1000])
+def test_a_familys_own_template_is_found(step: int) -> None:
+    pytest.importorskip("transformers.cli.serving.utils")
+    form = ReplyFormat.find(SimpleNamespace(), "qwen3")
+    text = f"<think>I must ask.</think>Look:\n{CALL}\n{CALL}<|im_end|>"
+    reply = read(form, text, step=step, prompt=QWEN_PROMPT)
+    assert (reply.reasoning, reply.content, calls(reply)) == ("I must ask.", "Look:", [MEANT, MEANT])
+    together = read(form, text, step=step, prompt=QWEN_PROMPT, separate=False)
+    assert together.content == "<think>I must ask.</think>Look:"
+
+
+def test_a_tokenizers_template_comes_first() -> None:
+    fields = {"content": {"content": "text"}, "thinking": {"open": "[[", "close": "]]", "content": "text"}}
+    template = {"defaults": {"role": "assistant"}, "start_anchor": "A:", "fields": fields}
+    form = ReplyFormat.find(SimpleNamespace(response_template=template), "qwen3")
+    reply = read(form, "[[hm]]yes", step=1, prompt="U: x A:")
+    assert (reply.reasoning, reply.content) == ("hm", "yes")
+    assert not form.reads_calls
+
+
+@pytest.mark.parametrize("step", [1, 4, 1000])
+@pytest.mark.parametrize(
+    "broken", ["<tool_call>{not json}</tool_call> and on", '<tool_call>{"name": "weather"}</tool_call>']
+)
+def test_a_call_that_cannot_be_read_is_text(broken: str, step: int) -> None:
+    reply = read(ReplyFormat.find(None, "", "hermes"), f"Look: {broken}", step=step)
+    assert reply.content == f"Look: {broken}"
+    assert not reply.calls
+
+
+def test_one_call_where_only_one_is_wanted() -> None:
+    form = ReplyFormat.find(None, "", "hermes")
+    assert calls(read(form, CALL + CALL, step=3, use=ToolUse(tuple(TOOLS), None, False))) == [MEANT]
+
+
+def test_without_tools_marks_are_text() -> None:
+    assert read(ReplyFormat.find(None, "", "hermes"), CALL, step=3, use=ToolUse()).content == CALL
+
+
+def test_a_cut_off_list_of_calls_is_text() -> None:
+    cut = '[{"name": "clock", "argum'
+    assert read(ReplyFormat(), cut, step=4, use=ToolUse(tuple(TOOLS), "")) == Piece(content=cut)
+
+
+def test_parsers_that_are_not_known_end_the_start() -> None:
+    with pytest.raises(LoadError, match="--tool-call-parser hermez: no such parser; known: hermes"):
+        ReplyFormat.find(None, "", "hermez")
+    with pytest.raises(LoadError, match="--reasoning-parser o1"):
+        ReplyFormat.find(None, "", None, "o1")
+
+
+@pytest.mark.parametrize(
+    ("tools", "choice", "message"),
+    [
+        (None, "required", "needs tools"),
+        (TOOLS, "always", "tool_choice must be"),
+        (TOOLS, {"type": "function", "function": {"name": "sun"}}, "tools are weather, clock"),
+        ([CLOCK, CLOCK], None, "given twice"),
+    ],
+)
+def test_choices_that_cannot_be(tools: list[Any] | None, choice: Any, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        ToolUse.of(tools and [Tool.model_validate(tool) for tool in tools], choice, True)
+
+
+def test_arguments_go_back_to_the_template_as_objects() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    message = with_parsed_arguments({"role": "assistant", "tool_calls": [call]})
+    assert message["tool_calls"][0]["function"]["arguments"] == {"city": "Rome"}
+    call["function"] = {"name": "weather", "arguments": "{"}
+    with pytest.raises(InvalidRequest, match="not JSON"):
+        with_parsed_arguments({"role": "assistant", "tool_calls": [call]})
+
+
+# With the official client -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
+    template = Path(tmp_path_factory.mktemp("template")) / "tools.jinja"
+    template.write_text(TEMPLATE)
+    with Served("--chat-template", str(template), "--tool-call-parser", "hermes") as served:
+        with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as made:
+            yield made
+        served.until_idle()
+        assert served.stop() == 0
+
+
+def ask(client: openai.OpenAI, **options: Any) -> Any:
+    messages = [{"role": "user", "content": "Rome?"}]
+    return client.chat.completions.create(
+        **{"model": "demo", "messages": messages, "tools": TOOLS, "temperature": 0, "max_tokens": 120, **options}
+    )
+
+
+def streamed(client: openai.OpenAI, **options: Any) -> tuple[str, list[tuple[str, Any]], str | None]:
+    content, found, reason = "", dict[int, list[str]](), None
+    for chunk in ask(client, stream=True, **options):
+        for choice in chunk.choices:
+            content += choice.delta.content or ""
+            reason = choice.finish_reason or reason
+            for call in choice.delta.tool_calls or []:
+                if call.function.name:
+                    assert call.id
+                    found[call.index] = [call.function.name, ""]
+                found[call.index][1] += call.function.arguments
+    return content, [(name, json.loads(arguments)) for name, arguments in found.values()], reason
+
+
+def unstreamed(client: openai.OpenAI, **options: Any) -> tuple[str, list[tuple[str, Any]], str | None]:
+    choice = ask(client, **options).choices[0]
+    made = [(call.function.name, json.loads(call.function.arguments)) for call in choice.message.tool_calls or []]
+    return choice.message.content or "", made, choice.finish_reason
+
+
+def test_a_named_function_is_called_with_arguments_of_its_schema(client: openai.OpenAI) -> None:
+    options = {"tool_choice": {"type": "function", "function": {"name": "weather"}}}
+    content, made, reason = unstreamed(client, **options)
+    [(name, arguments)] = made
+    assert (content, name, reason) == ("", "weather", "tool_calls")
+    assert arguments["city"] in ("Rome", "Oslo")
+    assert 1 <= arguments["days"] <= 9
+    assert streamed(client, **options) == (content, made, reason)
+
+
+def test_a_required_call_is_one_of_the_tools(client: openai.OpenAI) -> None:
+    options = {"tool_choice": "required", "parallel_tool_calls": False, "temperature": 1.0, "seed": 3}
+    content, made, reason = unstreamed(client, **options)
+    assert (content, reason, len(made)) == ("", "tool_calls", 1)
+    assert made[0][0] in ("weather", "clock")
+    assert streamed(client, **options) == (content, made, reason)
+
+
+def test_a_call_of_the_models_own_is_read(client: openai.OpenAI) -> None:
+    written = r'So:<tool_call>\{"name": "weather", "arguments": \{"city": "Oslo", "days": [1-9]\}\}</tool_call>'
+    options = {"extra_body": {"regex": written}}
+    content, made, reason = unstreamed(client, **options)
+    assert (content, made[0][0], made[0][1]["city"], reason) == ("So:", "weather", "Oslo", "tool_calls")
+    assert streamed(client, **options) == (content, made, reason)
+
+
+def test_no_call_where_none_may_be(client: openai.OpenAI) -> None:
+    content, made, reason = unstreamed(client, tool_choice="none", extra_body={"regex": "<tool_call>"})
+    assert (content, made, reason) == ("<tool_call>", [], "stop")
+
+
+def test_results_go_back_to_the_model(client: openai.OpenAI) -> None:
+    asked = ask(client, tool_choice={"type": "function", "function": {"name": "weather"}}).choices[0].message
+    messages = [
+        {"role": "user", "content": "Rome?"},
+        asked.model_dump(exclude_none=True),
+        {"role": "tool", "tool_call_id": asked.tool_calls[0].id, "content": "sun"},
+    ]
+    assert ask(client, messages=messages, max_tokens=4).usage.prompt_tokens > 12
+
+
+def test_what_cannot_be_is_refused_by_name(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="one form"):
+        ask(client, tool_choice="required", response_format={"type": "json_object"})
+    with pytest.raises(openai.BadRequestError, match="use tools"):
+        ask(client, tools=openai.NOT_GIVEN, extra_body={"functions": [{"name": "f"}]})
+    with pytest.raises(openai.BadRequestError, match=r"tools\.0\.function\.name"):
+        ask(client, tools=[{"type": "function", "function": {"name": "a b"}}])
