@@ -31,10 +31,12 @@ IGNORED_TENSORS = {
 @dataclass(frozen=True)
 class Headers:
     """``tensors``: what is stored, under the names of the model's tree. ``merged``: stored names that Transformers stacks
-    into one parameter (each expert's matrix, say) -> the name of that parameter."""
+    into one parameter (each expert's matrix, say) -> the name of that parameter. ``sources``: the name in the model's
+    tree -> the name in the file."""
 
     tensors: Mapping[str, TensorSpec]
     merged: Mapping[str, str]
+    sources: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -58,14 +60,16 @@ def rename_headers(checkpoint: Checkpoint, model: nn.Module) -> Headers:
     modules = {name for name, _ in model.named_modules()}
     tensors: dict[str, TensorSpec] = {}
     merged: dict[str, str] = {}
+    sources: dict[str, str] = {}
     for stored, spec in checkpoint.tensors.items():
         name, converted = rename_source_key(stored, renamings, converters, prefix, state)
         if converted is not None:
             merged[stored] = name
             continue
         # Transformers adds or strips the base prefix only for names of the state dict, where qweight and the like are not.
-        tensors[_in_tree(name, modules, prefix)] = spec
-    return Headers(tensors, merged)
+        place = _in_tree(name, modules, prefix)
+        tensors[place], sources[place] = spec, stored
+    return Headers(tensors, merged, sources)
 
 
 def _in_tree(name: str, modules: Collection[str], prefix: str) -> str:

@@ -41,6 +41,7 @@ def build_parser() -> Parser:
     _generate_parser(commands.add_parser("generate", help="complete prompts"))
     _serve_parser(commands.add_parser("serve", help="serve over HTTP, as OpenAI and SGLang do"))
     _inspect_parser(commands.add_parser("inspect", help="show what loading would do; reads no weights"))
+    _verify_parser(commands.add_parser("verify", help="is what this machine computes what the checkpoint says?"))
     _chat_parser(commands.add_parser("chat", help="talk to a model in the terminal"))
     add_bench_parsers(commands.add_parser("bench", help="measure speed, as SGLang does"))
     commands.add_parser("env", help="what to paste into an issue").set_defaults(run=_show_environment)
@@ -86,6 +87,20 @@ def _inspect_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="M", help="folder, Hub repository, demo or demo-bf16")
     loading_options(parser)
     parser.add_argument("--json", action="store_true", help="every module, as JSON")
+
+
+def _verify_parser(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=verify)
+    parser.add_argument("model", metavar="M", help="folder, Hub repository, demo or demo-bf16")
+    loading_options(parser)
+    parser.add_argument(
+        "--against-transformers",
+        action="store_true",
+        help="run the whole model against dequantized weights, in float32",
+    )
+    parser.add_argument("--text", metavar="FILE", help="what to run it on; default: a bundled text")
+    parser.add_argument("--tokens", type=int, default=512, metavar="N", help="how much of it (default: 512)")
+    parser.add_argument("--json", action="store_true", help="the report as JSON")
 
 
 DEFAULT_NEW_TOKENS = 128
@@ -197,6 +212,18 @@ def inspect(arguments: argparse.Namespace) -> int:
     found = look(arguments.model, **pick(arguments, LOADING))
     print(json.dumps(found.data(), indent=2, ensure_ascii=False) if arguments.json else found)
     return 0
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    from runtime.verify import verify as run
+
+    options = pick(arguments, [name for name in LOADING if name != "attention_backend"])
+    found = run(
+        arguments.model, against_transformers=arguments.against_transformers, text=arguments.text, tokens=arguments.tokens,
+        **options,
+    )  # fmt: skip
+    print(json.dumps(found.data(), indent=2, ensure_ascii=False) if arguments.json else found)
+    return 0 if found.passed else 1
 
 
 def read_prompts(texts: Sequence[str], file: str | None) -> list[str | list[int]]:

@@ -16,7 +16,13 @@ PACKAGES = (
 
 
 def show(arguments: argparse.Namespace) -> int:
-    """Print versions, processor, memory and devices."""
+    """Print versions, processor, memory, devices and plugins."""
+    print("\n".join(f"{label:<16} {text}" for label, text in facts()))
+    return 0
+
+
+def facts() -> list[tuple[str, str]]:
+    """Versions, processor, memory, devices and plugins, by label."""
     import torch
 
     from runtime.memory import available_bytes, format_bytes
@@ -38,9 +44,7 @@ def show(arguments: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         lines.append(("cuda", "none"))
     lines += [(name, _version(name)) for name in PACKAGES]
-    lines += [("plugin", text) for text in _plugins()]
-    print("\n".join(f"{label:<16} {text}" for label, text in lines))
-    return 0
+    return lines + [("plugin", text) for text in _plugins()]
 
 
 def _processor() -> str:

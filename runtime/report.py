@@ -24,7 +24,7 @@ def load_report(loaded: LoadedModel) -> str:
     plan = loaded.plan
     lines = plan_lines(plan)
     lines.append(("load", f"{loaded.seconds:.1f} s, peak resident {format_bytes(loaded.peak_rss)}"))
-    return _aligned(lines)
+    return aligned(lines)
 
 
 def engine_report(
@@ -46,7 +46,7 @@ def engine_report(
             f"{size.tokens / max_model_len:.1f} sequences of {max_model_len}",
         ),
     ]
-    return load_report(loaded) + "\n" + _aligned(lines)
+    return load_report(loaded) + "\n" + aligned(lines)
 
 
 def plan_lines(plan: LoadPlan) -> list[tuple[str, str]]:
@@ -108,7 +108,7 @@ def inspect_text(plan: LoadPlan, attention: Sequence[tuple[str, str]]) -> str:
     lines += [("ignored", f"{name}: {reason}") for name, reason in account.ignored.items()]
     lines += [("unclaimed", f"{name}: no module wants it; loading will refuse") for name in account.unclaimed]
     lines += [("missing", f"{name}: stored nowhere; loading will refuse") for name in account.missing]
-    return _aligned(lines) + "\n\n" + _table(rows)
+    return aligned(lines) + "\n\n" + _table(rows)
 
 
 def inspect_data(plan: LoadPlan, attention: Sequence[tuple[str, str]]) -> dict[str, Any]:
@@ -192,7 +192,8 @@ def _collapse(names: Sequence[str]) -> str:
     return ", ".join(shown)
 
 
-def _aligned(lines: Sequence[tuple[str, str]]) -> str:
+def aligned(lines: Sequence[tuple[str, str]]) -> str:
+    """Labels and texts, one a line."""
     return "\n".join(f"{label:<10} {text}" for label, text in lines)
 
 

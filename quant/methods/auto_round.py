@@ -1,9 +1,10 @@
-"""auto-round checkpoints (``quant_method: "auto-round"``, before ``"intel/auto-round"``): GPTQ's or AWQ's tensors under another
-configuration.
+"""auto-round checkpoints (``quant_method: "auto-round"``, before ``"intel/auto-round"``): tensors of GPTQ, AWQ or
+compressed-tensors under another configuration.
 
 ``packing_format`` says which: ``auto_round:auto_gptq`` is GPTQ's first version without ``g_idx``, ``auto_round:gptqmodel``
-and the bare ``auto_round`` of old files are the second, ``auto_round:auto_awq`` is AWQ ``gemm``. ``extra_config`` holds
-settings of single modules. Source: auto-round 0.16.1 ``inference/backend.py``, ``inference/convert_model.py``,
+and the bare ``auto_round`` of old files are the second, ``auto_round:auto_awq`` is AWQ ``gemm``,
+``auto_round:llm_compressor`` is compressed-tensors, for integers, MXFP4, MXFP8 and NVFP4. ``extra_config`` holds settings of
+single modules. Source: auto-round 0.16.1 ``inference/backend.py``, ``inference/convert_model.py``,
 ``export/export_to_autoround/export.py``.
 """
 
@@ -16,22 +17,23 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 
 from quant.base import LinearShape, QuantMethod, QuantWeight, Scheme, TensorSpec, UnsupportedCheckpoint
-from quant.matching import auto_round_rules
+from quant.matching import REGEX_CHARACTERS, Rules, auto_round_rules
 from quant.methods.awq import AWQ
+from quant.methods.compressed import CompressedTensors
 from quant.methods.gptq import GPTQ
 from quant.methods.gptq_zeros import AUTO_ROUND
 from quant.methods.selection import Selection, method_of
 
 NAMES = ("auto-round", "intel/auto-round")
 ELSEWHERE = {
-    "llm_compressor": "its tensors are compressed-tensors'; export it again with format llm_compressor, whose "
-    "quant_method is compressed-tensors",
     "fp8": "its weights are FP8; export it again in format llm_compressor or fp8",
     "mlx": "its tensors are MLX's, for Apple's GPUs",
     "fake": "its weights are dense and only rounded; remove quantization_config to load them",
 }
 RUNTIMES = ("", "exllamav2", "triton", "tritonv2", "torch", "marlin", "exllama")
 """What old files append to ``auto_round``: how to multiply, the tensors are the same."""
+FLOATS = ("mx_fp", "nv_fp")
+"""Data types of weights that are stored as compressed-tensors stores them."""
 AGAIN = "Export the model again as auto_round:auto_gptq or auto_round:auto_awq with 16-bit activations."
 
 
@@ -40,7 +42,7 @@ class AutoRound(QuantMethod):
     """``inner`` reads the tensors."""
 
     packing: str
-    inner: GPTQ | AWQ
+    inner: GPTQ | AWQ | CompressedTensors
 
     name: ClassVar[str] = AUTO_ROUND
 
@@ -48,12 +50,16 @@ class AutoRound(QuantMethod):
     def from_checkpoint(cls, config: Mapping[str, Any], headers: Mapping[str, TensorSpec]) -> Self | None:
         if method_of(config).replace("_", "-") not in NAMES:
             return None
-        _refuse(config)
         rules = auto_round_rules(config)
-        for entry, settings in rules.settings.items():
-            if settings is not None:
-                _refuse(settings, f"extra_config {entry!r}: ")
         packing, inner = _packing(config)
+        floats = inner["quant_method"] == CompressedTensors.name
+        for entry, settings in {"": config, **rules.settings}.items():
+            if settings is not None:
+                _refuse(settings, f"extra_config {entry!r}: " if entry else "", FLOATS if floats else ())
+        if floats:
+            compressed = CompressedTensors.from_checkpoint(_as_compressed(config, rules), headers)
+            assert compressed is not None
+            return cls(packing, compressed)
         reader = GPTQ if inner["quant_method"] == GPTQ.name else AWQ
         common = {"provider": AUTO_ROUND, "dynamic": None, "pack_dtype": "int32", "desc_act": False}
         method = reader.from_checkpoint({**config, **inner, **common}, headers)
@@ -74,6 +80,9 @@ class AutoRound(QuantMethod):
     def unmatched(self, layers: Iterable[str]) -> list[str]:
         return self.inner.unmatched(layers)
 
+    def ignored(self, name: str) -> str | None:
+        return self.inner.ignored(name)
+
     def tensors(self, layer: str, shape: LinearShape) -> dict[str, TensorSpec]:
         return self.inner.tensors(layer, shape)
 
@@ -89,6 +98,8 @@ def _packing(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     kind = stored.removeprefix("auto_round").removeprefix(":")
     if reason := next((why for name, why in ELSEWHERE.items() if name in kind), None):
         raise UnsupportedCheckpoint(f"auto-round {field} {stored!r} (quantization_config) is not supported: {reason}.")
+    if "llm_compressor" in kind:
+        return stored, {"quant_method": CompressedTensors.name}
     if "awq" in kind:
         return stored, {"quant_method": AWQ.name, "version": "gemm", "backend": None}
     if "gptqmodel" in kind:
@@ -99,21 +110,61 @@ def _packing(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         return stored, {"quant_method": GPTQ.name, "checkpoint_format": "gptq_v2"}
     raise UnsupportedCheckpoint(
         f"auto-round {field} {stored!r} (quantization_config) is not known; known: auto_round:auto_gptq, "
-        f"auto_round:gptqmodel, auto_round:auto_awq, auto_round. {AGAIN}"
+        f"auto_round:gptqmodel, auto_round:auto_awq, auto_round:llm_compressor, auto_round. {AGAIN}"
     )
 
 
-def _refuse(settings: Mapping[str, Any], where: str = "") -> None:
-    """Raise for activations that must be quantized and for weights that are no integers."""
+def _as_compressed(config: Mapping[str, Any], rules: Rules) -> dict[str, Any]:
+    """The configuration in the terms of compressed-tensors: a group for all layers, one for each rule, which is closer."""
+    groups = {"group_0": {"targets": ["Linear"], "weights": _weights(config)}}
+    ignore = []
+    for place, (entry, settings) in enumerate(rules.settings.items(), start=1):
+        # auto-round searches for an expression, compressed-tensors wants it to match from the start
+        target = entry if REGEX_CHARACTERS.isdisjoint(entry) else f"re:.*(?:{entry})"
+        if settings is None:
+            ignore.append(target)
+        else:
+            groups[f"group_{place}"] = {"targets": [target], "weights": _weights({**config, **settings})}
+    return {
+        "quant_method": CompressedTensors.name,
+        "format": "mixed-precision",
+        "config_groups": groups,
+        "ignore": ignore,
+    }
+
+
+def _weights(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """``weights`` of a group. A group size of -1 is one scale a row, 0 one in all."""
+    kind, size = _data_type(settings), settings.get("group_size", 128)
+    weights = {"num_bits": settings.get("bits", 4), "symmetric": bool(settings.get("sym", True))}
+    if kind != "int":
+        return weights | {
+            "type": "float",
+            "strategy": "tensor_group" if kind == "nv_fp" else "group",
+            "group_size": size,
+        }
+    if size in (-1, 0):
+        return weights | {"type": "int", "strategy": "tensor" if size == 0 else "channel"}
+    return weights | {"type": "int", "strategy": "group", "group_size": size}
+
+
+def _data_type(settings: Mapping[str, Any]) -> str:
+    """``int``, ``mx_fp``, ``nv_fp``, or what else is written; how scales were found (``mx_fp_rceil``) does not matter."""
+    written = str(settings.get("data_type") or "int").lower()
+    return next((kind for kind in ("int", *FLOATS) if written.startswith(kind)), written)
+
+
+def _refuse(settings: Mapping[str, Any], where: str, floats: tuple[str, ...]) -> None:
+    """Raise for activations that must be quantized and for weights that are neither integers nor one of ``floats``."""
     bits = settings.get("act_bits")
     if isinstance(bits, int) and bits < 16:
         raise UnsupportedCheckpoint(
             f"auto-round: {where}act_bits {bits} (quantization_config) quantizes activations, which is not supported. {AGAIN}"
         )
-    data_type = str(settings.get("data_type") or "int").lower()
-    if not data_type.startswith("int"):
+    if _data_type(settings) not in ("int", *floats):
         raise UnsupportedCheckpoint(
-            f"auto-round: {where}data_type {data_type!r} (quantization_config) is not supported, only int. {AGAIN}"
+            f"auto-round: {where}data_type {settings['data_type']!r} (quantization_config) is not supported here, only "
+            f"{' and '.join(('int', *floats))}. {AGAIN}"
         )
     if rotation := settings.get("rotation_config"):
         raise UnsupportedCheckpoint(

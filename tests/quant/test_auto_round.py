@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from quant.base import LinearShape, TensorSpec, UnsupportedCheckpoint
+from quant.base import BadCheckpoint, LinearShape, TensorSpec, UnsupportedCheckpoint
 from quant.methods.auto_round import AutoRound
 from quant.methods.awq import AWQ
+from quant.methods.compressed import CompressedTensors
 from quant.methods.gptq import GPTQ
 from quant.reference import dequantize
+from tests.quant.checkpoints import LAYER, headers_of, read, stored
 from tests.quant.test_gptq import Layer
 
 CONFIG = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": False, "data_type": "int"}
@@ -43,6 +45,7 @@ def make(headers: dict[str, TensorSpec] | None = None, **config: Any) -> AutoRou
 def test_packing_formats(config: dict[str, Any], reader: type, version: str) -> None:
     inner = make(**config).inner
     assert type(inner) is reader
+    assert isinstance(inner, AWQ | GPTQ)
     assert (inner.version if isinstance(inner, AWQ) else inner.format) == version
 
 
@@ -77,6 +80,42 @@ def test_settings_of_single_modules() -> None:
     assert method.unmatched(["lm_head"]) == [r"extra_config: .*\.down"]
 
 
+@pytest.mark.parametrize(
+    ("checkpoint", "data_type", "group"),
+    [
+        ("llmcompressor--gptq-w4a16", "int", 128),
+        ("compressed-tensors--mxfp4a16", "mx_fp", 32),
+        ("compressed-tensors--nvfp4a16", "nv_fp4_with_static_gs", 16),
+    ],
+)
+def test_the_tensors_of_compressed_tensors(checkpoint: str, data_type: str, group: int) -> None:
+    """The same file under both configurations is the same weight."""
+    config, tensors = stored(checkpoint)
+    theirs = CompressedTensors.from_checkpoint(config, headers_of(tensors))
+    extra = {r"\.down_proj$": {"bits": 16}, LAYER: {"bits": 4}, "lm_head": {"bits": 16}}
+    ours = make(
+        headers_of(tensors), packing_format="auto_round:llm_compressor", data_type=data_type, group_size=group, sym=True,
+        act_bits=16, extra_config=extra,
+    )  # fmt: skip
+    assert theirs is not None
+    assert torch.equal(dequantize(read(ours, tensors)), dequantize(read(theirs, tensors)))
+    with pytest.raises(BadCheckpoint, match=r"down_proj: .* but ignore lists"):
+        ours.scheme_for("model.layers.0.mlp.down_proj", LinearShape(512, 256))
+    assert ours.dense_reason("lm_head") == "named in ignore ('lm_head')"
+
+
+def test_a_setting_of_a_layer_outranks_the_general_one_in_compressed_tensors() -> None:
+    method = make(
+        packing_format="auto_round:llm_compressor",
+        sym=True,
+        extra_config={"l.0.x": {"bits": 8}, "y$": {"group_size": -1}},
+    )
+    assert isinstance(method.inner, CompressedTensors)
+    groups = {name: method.inner.config.group_of(name) for name in ("l.0.x", "l.0.y", "l.0.z")}
+    found = {name: (group.weights.kind.bits, group.weights.block) for name, group in groups.items() if group}
+    assert found == {"l.0.x": (8, (1, 32)), "l.0.y": (4, (1, -1)), "l.0.z": (4, (1, 32))}
+
+
 def test_the_name_confirms() -> None:
     assert make().name == "auto-round"
     assert AutoRound.from_checkpoint({"quant_method": "gptq"}, {}) is None
@@ -90,7 +129,8 @@ def test_the_name_confirms() -> None:
         ({"data_type": "nv_fp4_with_static_gs"}, "data_type 'nv_fp4_with_static_gs'"),
         ({"extra_config": {"x": {"data_type": "mx_fp", "bits": 4}}}, "extra_config 'x': data_type 'mx_fp'"),
         ({"rotation_config": {"type": "hadamard"}}, "rotation_config .*at run time"),
-        ({"packing_format": "auto_round:llm_compressor"}, "quant_method is compressed-tensors"),
+        ({"packing_format": "auto_round:llm_compressor", "act_bits": 4, "data_type": "mx_fp"}, "act_bits 4"),
+        ({"packing_format": "auto_round:llm_compressor", "data_type": "fp8"}, "only int and mx_fp and nv_fp"),
         ({"packing_format": "auto_round:fp8_static"}, "its weights are FP8"),
         ({"packing_format": "auto_round:fake"}, "only rounded"),
         ({"packing_format": "auto_round:mx_fp"}, "'auto_round:mx_fp'.*not known; known: auto_round:auto_gptq"),

@@ -1,0 +1,163 @@
+"""A whole loaded model against Transformers with dequantized weights, in float32: logits, every decoder layer, every linear.
+
+One model is in memory. It runs once as it serves (kernels, paged attention), once as the reference: Transformers' eager
+attention, and every quantized layer multiplies by its weight as read from the file, dequantized for that one call. In the
+reference run each kernel is given the same inputs as the dense product, so that a wrong layer is found by itself, whatever
+came before; hidden states after each decoder layer find what is no linear layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from attention.base import AttentionBatch, AttentionError, UnsupportedAttention
+from attention.hf import NAME as PAGED
+from attention.hf import forward_batch, read_specs
+from attention.kv_cache import KVCache
+from attention.registry import select
+from quant.linear import QuantLinear
+from quant.reference import linear
+from runtime.errors import LoadError
+from runtime.loader import load
+from runtime.plan import LoadPlan
+from runtime.weights import StoredWeights
+
+BLOCK = 16
+LARGEST_KL = 1e-6
+"""Mean, in nats: what float32 leaves of it is a hundred times smaller."""
+LARGEST_DISTANCE = 1e-4
+"""Root mean square of a difference as a share of the value, of a hidden state or of a layer's output. float32 has 6e-8; sums of
+thousands of products and a hundred layers make 1e-5 of it at most, a wrong scale 1e-2."""
+
+
+@dataclass
+class Comparison:
+    """``kl`` mean and ``largest_kl`` in nats over ``tokens`` positions; ``top1`` the share of equal likeliest tokens;
+    ``logits`` the largest difference; ``hidden`` and ``linears`` the distances by name, in the order of execution."""
+
+    attention: str
+    tokens: int = 0
+    kl: float = torch.inf
+    largest_kl: float = torch.inf
+    top1: float = 0.0
+    logits: float = torch.inf
+    hidden: dict[str, float] = field(default_factory=dict)
+    linears: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def first_bad_linear(self) -> str | None:
+        return _first_bad(self.linears)
+
+    @property
+    def first_bad_layer(self) -> str | None:
+        return _first_bad(self.hidden)
+
+    @property
+    def passed(self) -> bool:
+        same = self.kl < LARGEST_KL and self.top1 == 1.0
+        return same and self.first_bad_linear is None and self.first_bad_layer is None
+
+
+@torch.inference_mode()
+def compare(plan: LoadPlan, weights: StoredWeights, ids: list[int]) -> Comparison:
+    """Run ``ids`` both ways. ``plan`` must be in float32. Raises :class:`LoadError` if the model cannot be loaded."""
+    assert plan.dtype == torch.float32, plan.dtype
+    try:
+        specs = read_specs(plan.config, plan.trust_remote_code)
+        backend = select(specs, plan.device, None).backend
+        found = Comparison(f"{backend.name}, paged")
+    except UnsupportedAttention as error:
+        backend, found = None, Comparison(f"Transformers', the engine cannot serve this model: {error}")
+    except AttentionError as error:
+        raise LoadError(str(error)) from error
+    model = load(plan, "eager" if backend is None else PAGED).model
+    tokens = torch.tensor([ids], device=plan.device)
+    with _hidden_states(model) as ours:
+        if backend is None:
+            served = model(tokens, use_cache=False).logits[0]
+        else:
+            blocks = -(-len(ids) // BLOCK)
+            cache = KVCache(specs, blocks, BLOCK, plan.dtype, plan.device)
+            batch = AttentionBatch.pack([len(ids)], [len(ids)], [list(range(blocks))], BLOCK, plan.device)
+            with forward_batch(batch, cache, backend, specs):
+                served = model(input_ids=tokens, position_ids=batch.positions()[None], use_cache=False).logits[0]
+            cast(Any, model).set_attn_implementation("eager")
+    with _hidden_states(model) as theirs, _dequantized(model, weights, found.linears):
+        truth = model(tokens, use_cache=False).logits[0]
+    found.hidden = {name: _distance(ours[name], theirs[name]) for name in theirs}
+    _judge_logits(found, served, truth)
+    return found
+
+
+def _judge_logits(found: Comparison, served: Tensor, truth: Tensor) -> None:
+    p, q = truth.double().log_softmax(-1), served.double().log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1)
+    found.tokens = len(kl)
+    found.kl, found.largest_kl = _finite(kl.mean()), _finite(kl.max())
+    found.top1 = (p.argmax(-1) == q.argmax(-1)).double().mean().item()
+    found.logits = _finite((served.double() - truth.double()).abs().max())
+
+
+def _finite(value: Tensor) -> float:
+    """NaN as infinity, which every bound refuses."""
+    return value.nan_to_num(nan=torch.inf, posinf=torch.inf).item()
+
+
+def _distance(ours: Tensor, theirs: Tensor) -> float:
+    size = theirs.double().square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+    return _finite((ours.double() - theirs.double()).square().mean().sqrt() / size)
+
+
+def _first_bad(distances: dict[str, float]) -> str | None:
+    return next((name for name, distance in distances.items() if distance > LARGEST_DISTANCE), None)
+
+
+@contextmanager
+def _hidden_states(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """What each decoder layer returns, by name: those of the longest list of modules."""
+    states: dict[str, Tensor] = {}
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    prefix, layers = max(lists, key=lambda pair: len(pair[1]), default=("", nn.ModuleList()))
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            states[name] = (output[0] if isinstance(output, tuple) else output).detach()
+
+        return hook
+
+    handles = [layer.register_forward_hook(keep(f"{prefix}.{place}")) for place, layer in enumerate(layers)]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _dequantized(model: nn.Module, weights: StoredWeights, distances: dict[str, float]) -> Iterator[None]:
+    """Quantized layers answer with the reference product of the weight in the file; how far their kernel is from that for the
+    same inputs goes to ``distances``."""
+
+    def replaced(layer: QuantLinear) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            planned = weights.plan.modules[layer.name]
+            bias = weights.bias(planned)
+            truth = linear(inputs[0], weights.quantized(planned), bias)
+            distances[layer.name] = max(distances.get(layer.name, 0.0), _distance(output, truth))
+            return truth
+
+        return hook
+
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    handles = [layer.register_forward_hook(replaced(layer)) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

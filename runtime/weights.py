@@ -1,0 +1,73 @@
+"""The tensors of a planned checkpoint, read one at a time and not kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from quant.base import QuantError, QuantWeight
+from runtime.accounting import rename_headers
+from runtime.errors import LoadError
+from runtime.plan import LoadPlan, ModulePlan
+from runtime.skeleton import build_meta_model
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """``sources``: a tensor's name in the model's tree -> its name in the file; ``files``: that name -> the file."""
+
+    plan: LoadPlan
+    sources: Mapping[str, str]
+    files: Mapping[str, Path]
+
+    @classmethod
+    def of(cls, plan: LoadPlan) -> Self:
+        """Where everything is that a plan will read."""
+        model = build_meta_model(plan.config, plan.dtype, plan.trust_remote_code)
+        files: dict[str, Path] = {}
+        for path in plan.checkpoint.files:
+            with safe_open(path, "pt") as file:
+                files |= dict.fromkeys(file.keys(), path)
+        return cls(plan, rename_headers(plan.checkpoint, model).sources, files)
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor that will be ``name`` in the model's tree."""
+        stored = self.sources[name]
+        with safe_open(self.files[stored], "pt") as file:
+            return file.get_tensor(stored).to(self.plan.device)
+
+    def quantized(self, module: ModulePlan) -> QuantWeight:
+        """The canonical weight of a quantized layer. Raises :class:`LoadError` if its values cannot be."""
+        assert self.plan.method is not None
+        assert module.scheme is not None
+        tensors = {local: self.tensor(f"{module.name}.{local}") for local in module.stored}
+        try:
+            return self.plan.method.repack(tensors, module.scheme, module.shape)
+        except QuantError as error:
+            raise LoadError(f"{module.name}: {error}") from error
+
+    def bias(self, module: ModulePlan) -> Tensor | None:
+        """The bias of a layer, ``[out]``."""
+        return self.tensor(f"{module.name}.bias") if module.shape.bias else None
+
+    def damage(self) -> Iterator[str]:
+        """What is wrong with stored values by themselves, tensor by tensor: NaN and infinity, where they are numbers."""
+        method = self.plan.method
+        opaque = {
+            f"{module.name}.{local}" for module in self.plan.quantized for local in (method.opaque if method else ())
+        }
+        for name in self.sources:
+            if name in opaque or name in self.plan.account.ignored:
+                continue
+            values = self.tensor(name)
+            if not values.is_floating_point():
+                continue
+            broken = values.numel() - int(torch.isfinite(values.float()).sum())
+            if broken:
+                yield f"{name}: {broken} of {values.numel()} values are NaN or infinite. The file is damaged."
