@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -33,25 +34,29 @@ def test_many_rows_are_multiplied_densely(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_one_layer_at_a_time_is_repacked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is held while loading never exceeds what is stored and one layer beside it, as the plan says."""
+    """What all quantized layers hold, before and after each of them is repacked, is never more than what is stored."""
     plan = make_plan(Checkpoint.open(AWQ))
+    layers: list[QuantLinear] = []
     held: list[int] = []
-    real = QuantLinear.finish
+    build, finish = QuantLinear.__init__, QuantLinear.finish
 
-    def finish(layer: QuantLinear, method: QuantMethod) -> None:
-        real(layer, method)
-        assert layer.quant_weight is not None
-        assert not dict(layer.named_buffers())
-        held.append(layer.quant_weight.nbytes)
+    def building(layer: QuantLinear, *arguments: Any) -> None:
+        build(layer, *arguments)
+        layers.append(layer)
 
-    monkeypatch.setattr(QuantLinear, "finish", finish)
+    def finishing(layer: QuantLinear, method: QuantMethod) -> None:
+        for step in (lambda: None, lambda: finish(layer, method)):
+            step()
+            buffers = sum(buffer.nbytes for each in layers for buffer in each.buffers())
+            held.append(buffers + sum(each.quant_weight.nbytes for each in layers if each.quant_weight))
+
+    monkeypatch.setattr(QuantLinear, "__init__", building)
+    monkeypatch.setattr(QuantLinear, "finish", finishing)
     load(plan)
     stored = sum(tensor_bytes(spec) for module in plan.quantized for spec in module.stored.values())
-    dense = plan.weight_bytes - sum(module.nbytes for module in plan.quantized)
-    largest = max(module.bf16_bytes for module in plan.quantized)
-    assert len(held) == len(plan.quantized)
-    assert max(held) < largest, "a repacked layer fits into what the plan sets aside for one"
-    assert plan.peak_bytes == stored + dense + largest < 0.75 * plan.bf16_bytes
+    assert len(held) == 2 * len(plan.quantized)
+    assert max(held) < 1.05 * stored  # a kernel may pad
+    assert plan.peak_bytes < 0.75 * plan.bf16_bytes
 
 
 FLOAT_INPUTS, INT_INPUTS = Activation(WeightKind.FP8), Activation(WeightKind.INT8, threshold=6.0)
