@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 # make architectures: the sweep behind ARCHITECTURES.md.
-.PHONY: demo test test-slow test-cuda architectures check format bench clean
+.PHONY: demo test test-slow test-cuda architectures mutants check format bench clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -34,6 +34,9 @@ test-cuda: .venv/installed
 
 architectures: .venv/installed
 	$(BIN)/python -m tests.architectures --write
+
+mutants: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants --write
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

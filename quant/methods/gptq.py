@@ -175,7 +175,18 @@ class GPTQ(QuantMethod):
         zero = unpack(stream, bits, shape.out_features)
         if first_version and not carry:
             zero = next_code(zero, bits, self.producer, scheme.act_order)
+        self._refuse_other_version(zero, bits, first_version)
         return zero.t().contiguous()
+
+    def _refuse_other_version(self, zero: Tensor, bits: int, first_version: bool) -> None:
+        """Zero points that are all one off the middle are those of symmetric weights, read as the other version."""
+        middle = 2 ** (bits - 1)
+        read, stored, other = (middle + 1, middle, "gptq_v2") if first_version else (middle - 1, middle - 1, "gptq")
+        if self.selection.options.symmetric is not False and bool((zero == read).all()):
+            raise BadCheckpoint(
+                f"qzeros holds {stored} for every zero point, which is {middle} in format {other} but {read} in {self.format}, "
+                f"and the weights are symmetric. Set checkpoint_format: {other} in quantization_config."
+            )
 
     def _planar(self, bits: int) -> bool:
         return (bits in (5, 6, 7) and self.producer != AUTO_ROUND) or (bits == 3 and self.format == "gptq_p")
