@@ -123,6 +123,8 @@ def planar(weight: QuantWeight, width: int) -> PlanarWeight:
         None if weight.zero is None else by_group(weight.zero),
         order,
         table,
+        input_scale=weight.input_scale,
+        input_zero=weight.input_zero,
         layout="planar",
         group=columns,
         filled=order is not None and order.numel() > inputs,

@@ -4,6 +4,9 @@ A few rows are multiplied by what is unpacked in registers (:mod:`quant.kernels.
 made a slice at a time (:mod:`quant.kernels.gpu.dequantize`), as are float32 inputs. Codes are multiplied as the numbers they
 are and scaled in float32 after, so few rows are as exact as float32 sums; the values of NF4 and FP4 tables are rounded to the
 type of ``x``. In the dense copy every weight is rounded.
+
+Inputs that are to be quantized are, by torch, and multiplied as the numbers that they then are: what the reference does, not
+yet the product of two 8-bit numbers that the hardware could do.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from quant.activation import quantize_dequantize
 from quant.base import LinearKernel, LinearShape, QuantWeight, Scheme
 from quant.kernels.planar import PlanarWeight, planar
 
@@ -35,8 +39,6 @@ class Wna16Kernel(LinearKernel):
     def refuses(self, scheme: Scheme, shape: LinearShape, device: torch.device) -> str | None:
         if refusal := no_triton(device):
             return refusal
-        if scheme.activation is not None:
-            return f"leaves inputs as they are, this layer wants them {scheme.activation}; weight_only drops that"
         if scheme.flat and shape.in_features % scheme.group:
             return f"wants rows of whole groups, {scheme.group} does not divide {shape.in_features} inputs"
         if shape.in_features * shape.out_features > MOST_WEIGHTS:
@@ -55,14 +57,16 @@ class Wna16Kernel(LinearKernel):
         outputs, inputs = weight.shape.out_features, weight.shape.in_features
         if x.shape[-1] != inputs or x.device != weight.device:
             raise ValueError(f"x is {list(x.shape)} on {x.device}, the weight is {weight.shape} on {weight.device}")
-        rows = x.reshape(-1, inputs)
+        rows, activation = x.reshape(-1, inputs), weight.scheme.activation
         if not len(rows):
             return x.new_empty(*x.shape[:-1], outputs)
+        if activation is not None:  # may give float32
+            rows = quantize_dequantize(rows, activation, weight.input_scale, weight.input_zero)
         rows = weight.inputs(rows).contiguous()
         with on(x.device):
-            few = x.dtype != torch.float32 and len(rows) <= MOST_ROWS
+            few = rows.dtype != torch.float32 and len(rows) <= MOST_ROWS
             y = multiply(rows, weight, bias) if few else by_slices(rows, weight, bias)
-        return y.view(*x.shape[:-1], outputs)
+        return y.to(x.dtype).view(*x.shape[:-1], outputs)
 
 
 def by_slices(x: Tensor, weight: PlanarWeight, bias: Tensor | None) -> Tensor:

@@ -6,13 +6,14 @@ that. On one with a GPU: ``pytest tests/quant/gpu_suite.py``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from quant.base import LinearShape, QuantWeight, Scheme, WeightKind, canonical_specs
+from quant.activation import quantize_dequantize
+from quant.base import Activation, LinearShape, QuantWeight, Scheme, WeightKind, canonical_specs
 from quant.kernels.gpu.multiply import multiply
 from quant.kernels.gpu.tuned import Config
 from quant.kernels.gpu.unpack import interpreting
@@ -165,3 +166,29 @@ def test_the_kernel_takes_any_number_of_rows(rows: int, dtype: torch.dtype) -> N
     assert y.shape == (1, rows, 40)
     assert y.dtype == dtype
     assert rows == 0 or relative_error(y[0], x, dequantize(weight)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(
+    ("kind", "block", "activation"),
+    [
+        ("fp8", (128, 128), Activation(WeightKind.FP8, group=128)),
+        ("fp8", (40, 256), Activation(WeightKind.FP8, static=True)),
+        ("int8", (1, 256), Activation(WeightKind.INT8)),
+        ("int8", (1, 256), Activation(WeightKind.INT8, static=True, symmetric=False)),
+        ("int8", (1, 256), Activation(WeightKind.INT8, threshold=2.0)),  # comes back in float32
+    ],
+    ids=str,
+)
+def test_inputs_are_quantized_first(kind: str, block: tuple[int, int], activation: Activation) -> None:
+    plain = Case(kind, 40, 256, block).weight()
+    scale = torch.tensor([0.02], device=DEVICE) if activation.static else None
+    zero = None if activation.symmetric else torch.tensor([5], dtype=torch.int8, device=DEVICE)
+    scheme = replace(plain.scheme, activation=activation)
+    weight = replace(plain, scheme=scheme, input_scale=scale, input_zero=zero)
+    x = torch.randn(9, 256, device=DEVICE).mul(2).to(torch.float16)
+    kernel, quantized = Wna16Kernel(), quantize_dequantize(x, activation, scale, zero)
+    assert kernel.refuses(scheme, weight.shape, DEVICE) is None
+    y = kernel.apply(x, kernel.prepare(weight), None)
+    assert y.dtype == x.dtype
+    assert relative_error(y, quantized, dequantize(plain)) < TOLERANCE[torch.float16]
+    assert relative_error(y, x, dequantize(plain)) > 1.5 * TOLERANCE[torch.float16], "quantizing changes something"
