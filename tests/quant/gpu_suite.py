@@ -1,7 +1,7 @@
 """The Triton kernels against a float64 product with the dequantized weight.
 
 On a machine without a GPU, in Triton's interpreter, which has to be asked for before Triton is imported: test_gpu does
-that. On one with a GPU: ``pytest tests/quant/gpu_suite.py``.
+that. On one with a GPU: ``make test-cuda``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from quant.kernels.planar import PlanarWeight, planar
 from quant.kernels.wna16 import Wna16Kernel, by_slices
 from quant.reference import dequantize
 
+pytestmark = pytest.mark.cuda
 DEVICE = torch.device("cpu" if interpreting() else "cuda")
 TOLERANCE = {torch.float16: 6e-4, torch.bfloat16: 5e-3, torch.float32: 2e-6}
 """Of the relative root mean square error: rounding the result, which the interpreter cuts off in bfloat16, and tables."""
