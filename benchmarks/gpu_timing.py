@@ -58,7 +58,7 @@ def _elapsed(call: Callable[[], object]) -> float:
 def _summary(seconds: list[float]) -> Timing:
     median = statistics.median(seconds)
     low, _, high = statistics.quantiles(seconds, n=4)
-    return Timing(median, (high - low) / median, len(seconds))
+    return Timing(median, (high - low) / median, len(seconds), disturbed=False)
 
 
 def copy_rate() -> float:

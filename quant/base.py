@@ -154,7 +154,7 @@ class QuantWeight:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> QuantWeight:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """The same weight with every tensor replaced, e.g. moved to another device."""
         moved: dict[str, Any] = {name: function(tensor) for name, tensor in self.tensors().items()}
         return replace(self, **moved)

@@ -138,7 +138,7 @@ def table() -> str:
     for case in CASES:
         cpu = "C kernel, reference" if case.native else "reference"
         writer = f"{case.writer}, weights" if case.tolerance is None or case.logits else case.writer
-        rows.append(f"| {case.family} | {case.variant} | {writer} | {cpu} | reference, not tested |")
+        rows.append(f"| {case.family} | {case.variant} | {writer} | {cpu} | Triton, reference; not tested |")
     rows.append("| none | float32, bfloat16, float16 | Transformers | torch | torch, not tested |")
     return "\n".join(rows)
 

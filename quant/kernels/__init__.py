@@ -18,6 +18,7 @@ from quant.plugins import installed
 
 KERNELS = {
     "cpu": "quant.kernels.cpu:CpuKernel",
+    "wna16": "quant.kernels.wna16:Wna16Kernel",
     "reference": "quant.kernels.reference:ReferenceKernel",
 }
 """Where each kernel lives, in order of preference."""

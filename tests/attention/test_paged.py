@@ -14,11 +14,12 @@ import torch
 import triton
 
 from attention import AttentionBatch, AttentionSpec, KVCache, UnsupportedAttention, select
+from attention.kernels import decode, shape, store_kv, varlen
 from attention.kernels.decode import splits_of
 from attention.kernels.shape import split_key_dim
 from attention.kernels.tuned import Config, varlen_config
 from attention.paged import PagedBackend
-from tests.attention.compiling import Build, builds
+from tests.compiling import Build, builds
 
 ROOT = Path(__file__).parents[2]
 KIB = 1024
@@ -26,6 +27,7 @@ SHARED = {(8, 0): 99 * KIB, (9, 0): 227 * KIB}
 """What a program may have. Of 8.x the least, so that what is built for 8.0 also runs on the consumer cards."""
 
 SM80, SM90 = (8, 0), (9, 0)
+KERNELS = (decode, shape, store_kv, varlen)
 
 
 def test_every_kernel_in_the_interpreter() -> None:
@@ -67,7 +69,7 @@ def launch(
 
 
 def build(capability: tuple[int, int], *arguments: object) -> dict[str, Build]:
-    found = {each.name: each for each in builds(launch(*arguments), capability)}  # type: ignore[arg-type]
+    found = {each.name: each for each in builds(launch(*arguments), KERNELS, capability)}  # type: ignore[arg-type]
     assert found.keys() == {"store_kv_kernel", "decode_kernel", "reduce_kernel", "varlen_kernel"}
     for each in found.values():
         assert each.spills == 0, each

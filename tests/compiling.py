@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -17,8 +18,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
-
-from attention.kernels import decode, shape, store_kv, varlen
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
@@ -61,11 +60,12 @@ class Launch:
         attributes: dict[tuple[int, ...], list[list[Any]]] = {}
         for index, parameter in enumerate(self.kernel.params):
             name, value = parameter.name, self.arguments[parameter.name]
-            if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            special = isinstance(value, int) and not parameter.do_not_specialize
+            if parameter.is_constexpr or (special and value == 1):
                 signature[name], constants[index,] = "constexpr", value
                 continue
             signature[name] = _type_of(value)
-            if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            if isinstance(value, torch.Tensor) or (special and value % 16 == 0):
                 attributes[index,] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature, constants, attributes)
         built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=self.options)
@@ -120,9 +120,19 @@ def _loops(code: str) -> Iterator[int]:
                 yield place - labels[branch[1]]
 
 
+class Device(NamedTuple):
+    """What ``device_of`` of the packages returns."""
+
+    processors: int
+    capability: tuple[int, int]
+
+
 @contextmanager
-def recorded(capability: tuple[int, int], processors: int = 132) -> Iterator[list[Launch]]:
-    """Launches are written down instead, as for a device that is not there. Tensors may be on the meta device."""
+def recorded(
+    modules: Sequence[ModuleType], capability: tuple[int, int], processors: int = 132
+) -> Iterator[list[Launch]]:
+    """Launches of ``modules`` are written down instead, as for a device that is not there. Tensors may be on the meta
+    device."""
     launches: list[Launch] = []
 
     def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
@@ -130,12 +140,11 @@ def recorded(capability: tuple[int, int], processors: int = 132) -> Iterator[lis
         options = {name: given.pop(name) for name in ("num_warps", "num_stages") if name in given}
         launches.append(Launch(kernel, given, options))
 
-    def device_of(index: int | None) -> shape.Device:
-        return shape.Device(processors, capability)
+    def device_of(index: int | None) -> Device:
+        return Device(processors, capability)
 
-    users = [module for module in (decode, shape, store_kv, varlen) if hasattr(module, "device_of")]
     with patch.object(JITFunction, "run", run):
-        patches = [patch.object(module, "device_of", device_of) for module in users]
+        patches = [patch.object(module, "device_of", device_of) for module in modules if hasattr(module, "device_of")]
         for each in patches:
             each.start()
         try:
@@ -145,8 +154,8 @@ def recorded(capability: tuple[int, int], processors: int = 132) -> Iterator[lis
                 each.stop()
 
 
-def builds(launch: Callable[[], object], capability: tuple[int, int]) -> list[Build]:
-    """Every kernel that ``launch`` launches, built for ``capability``."""
-    with recorded(capability) as launches:
+def builds(launch: Callable[[], object], modules: Sequence[ModuleType], capability: tuple[int, int]) -> list[Build]:
+    """Every kernel of ``modules`` that ``launch`` launches, built for ``capability``."""
+    with recorded(modules, capability) as launches:
         launch()
     return [each.build(10 * capability[0] + capability[1]) for each in launches]

@@ -1,0 +1,58 @@
+"""Tile sizes, as data: for the bits of a stored code, by the largest number of rows that a configuration is for.
+
+Chosen by what compiles to few instructions without spilling; none was measured. ``python -m benchmarks.gpu_linear --sweep``
+finds better ones on the GPU at hand and prints them as they are to stand here, with the device's name.
+``SAFE`` fits the 99 KiB of shared memory that every architecture from 8.0 on has.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+MOST_ROWS = 192
+"""More are multiplied by the dense weight: its making costs as much as that of a few hundred rows."""
+DENSE_BYTES = 24 << 20
+"""Of a dense weight at a time: it is multiplied before it leaves the second-level cache."""
+
+
+class Config(NamedTuple):
+    rows: int  # of a tile
+    outputs: int
+    warps: int
+    stages: int
+    weight_first: bool  # the weight is the left operand, which Hopper's tensor cores take from registers
+    programs: int  # that each multiprocessor should get
+    blocks: int = 1  # of columns, the fewest that a program should get
+
+
+Table = dict[int, Config]
+
+HOPPER = (9, 0)
+
+SAFE: dict[int, Table] = {
+    bits: {
+        16: Config(16, 64, 4, 3, False, 4),
+        32: Config(32, 64, 4, 3, True, 4),
+        MOST_ROWS: Config(64, 64, 4, 2, True, 2),
+    }
+    for bits in (4, 8)
+}
+TABLES: dict[tuple[int, int], dict[int, Table]] = {
+    HOPPER: {
+        4: {
+            16: Config(16, 64, 4, 4, False, 4),
+            32: Config(32, 64, 4, 4, True, 4),
+            MOST_ROWS: Config(64, 64, 4, 3, True, 2),
+        },
+        8: {
+            16: Config(16, 64, 4, 4, False, 4),
+            32: Config(32, 64, 4, 4, True, 4),
+            MOST_ROWS: Config(64, 64, 4, 3, True, 2),
+        },
+    },
+}
+
+
+def config_for(bits: int, rows: int, capability: tuple[int, int]) -> Config:
+    table = TABLES.get(capability, SAFE)[bits]
+    return next((config for most, config in table.items() if rows <= most), table[max(table)])
