@@ -116,6 +116,11 @@ class AttentionBackend(ABC):
 
     name: ClassVar[str]
 
+    @property
+    def summary(self) -> str:
+        """The name, and what on this machine it uses."""
+        return self.name
+
     @abstractmethod
     def refuses(self, spec: AttentionSpec, device: torch.device) -> str | None:
         """Why this backend cannot compute ``spec`` on ``device``; ``None``: it can. Asked before any weight is read."""

@@ -22,6 +22,7 @@ from attention.reference import ReferenceBackend
 from benchmarks.attention_cases import Case, Filled
 from benchmarks.gpu_timing import copy_rate, matmul_rate, measure_cuda
 from benchmarks.timing import Timing, in_turn, measure, print_json, reader
+from quant.kernels import native
 
 TOLERANCE = 6e-3
 """Relative error: what rounding weights and result to bfloat16 costs."""
@@ -72,7 +73,7 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=11)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    backend = select([GPU_SPEC], device, arguments.backend).backend
+    backend = select([GPU_SPEC], device, arguments.backend, native.build).backend
     peak = rates(device)
     print(f"{peak['bytes'] / 1e9:.0f} GB/s, {peak['operations'] / 1e12:.1f} TFLOP/s in bfloat16")
     print(f"{'case':18} {'kv cache':14} {'path':12} {'us':>10} {'spread':>7} {'of bound':>9} {'x ours':>7}")

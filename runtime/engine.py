@@ -24,6 +24,7 @@ from attention.hf import read_specs
 from attention.kv_cache import KVCache
 from attention.kv_dtypes import cache_dtype
 from attention.registry import select
+from quant.kernels.native import build
 from runtime import guard
 from runtime.admission import max_new_tokens
 from runtime.blocks import BlockPool
@@ -80,7 +81,7 @@ class Engine:
         plan.require_complete()
         try:
             specs = read_specs(plan.config, plan.trust_remote_code)
-            selection = select(specs, plan.device, config.attention_backend)
+            selection = select(specs, plan.device, config.attention_backend, build)
             kv_dtype = cache_dtype(config.kv_cache_dtype, plan.dtype)
         except AttentionError as error:
             raise LoadError(f"{checkpoint.folder}: {error}") from error

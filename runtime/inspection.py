@@ -11,6 +11,7 @@ import torch
 from attention.base import AttentionError, UnsupportedAttention
 from attention.hf import read_specs
 from attention.registry import select
+from quant.kernels.native import build
 from runtime.checkpoint import Checkpoint
 from runtime.errors import LoadError
 from runtime.plan import LoadPlan, make_plan
@@ -57,7 +58,7 @@ def inspect(
     )
     try:
         specs = read_specs(plan.config, plan.trust_remote_code)
-        lines = attention_lines(specs, select(specs, plan.device, attention_backend))
+        lines = attention_lines(specs, select(specs, plan.device, attention_backend, build))
     except UnsupportedAttention as error:
         lines = [("attention", f"the engine cannot serve this model: {error}")]
     except AttentionError as error:

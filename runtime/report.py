@@ -80,7 +80,7 @@ def attention_lines(specs: Sequence[AttentionSpec], selection: Selection) -> lis
     why = "".join(f"; {name} refused: {reason}" for name, reason in selection.refusals.items())
     kinds = Counter(str(spec) for spec in specs)
     shapes = "; ".join(f"{count} x {kind}" for kind, count in kinds.items())
-    return [("attention", f"{selection.backend.name}{why}: {shapes}")]
+    return [("attention", f"{selection.backend.summary}{why}: {shapes}")]
 
 
 def inspect_text(plan: LoadPlan, attention: Sequence[tuple[str, str]]) -> str:

@@ -3,6 +3,9 @@
 Nothing is linked but the C library and OpenMP, so one build serves every version of torch and Python. A build is keyed by
 everything that decides what it is (sources, flags, compiler) and moved into place at once, so that any number of
 processes may build it together. The folder belongs to the user alone: what lies there is run.
+
+Every source may include ``native.h``, which lies here. The attention package, which imports nothing of this one, is handed
+:func:`build` by whoever selects its backend.
 """
 
 from __future__ import annotations
@@ -19,10 +22,19 @@ from pathlib import Path
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-Wno-psabi")
 CACHE = Path("~/.cache/relinear")
+HEADER = Path(__file__).with_name("native.h")
 
 
 class CannotBuild(Exception):
     """Why there is no library, in a sentence for the user, with the remedy."""
+
+
+def build(source: Path, *headers: Path) -> ctypes.CDLL | str:
+    """:func:`load`, or why it cannot: a refusal."""
+    try:
+        return load(source, *headers)
+    except CannotBuild as error:
+        return str(error)
 
 
 def load(source: Path, *headers: Path) -> ctypes.CDLL:
@@ -32,7 +44,7 @@ def load(source: Path, *headers: Path) -> ctypes.CDLL:
         raise CannotBuild("no C compiler found: install one (cc) to use it")
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
     try:
-        content = b"".join(path.read_bytes() for path in (source, *headers))
+        content = b"".join(path.read_bytes() for path in (source, *headers, HEADER))
     except OSError as error:
         raise CannotBuild(f"the installation is incomplete ({error}): install relinear again") from error
     folder = _cache_folder()
@@ -41,7 +53,9 @@ def load(source: Path, *headers: Path) -> ctypes.CDLL:
         parts = [content, version, platform.machine().encode(), " ".join(flags).encode()]
         library = folder / f"{source.stem}-{hashlib.sha256(bytes(1).join(parts)).hexdigest()[:16]}.so"
         for _ in range(2):
-            errors = "" if library.exists() else _compile([compiler, *flags, str(source)], library)
+            errors = (
+                "" if library.exists() else _compile([compiler, *flags, "-I", str(HEADER.parent), str(source)], library)
+            )
             if not library.exists():
                 break
             try:

@@ -7,6 +7,7 @@ it. On a machine with one: ``python -m pytest tests/attention/paged_suite.py``.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -17,62 +18,13 @@ from attention.kernels.shape import interpreting
 from attention.kernels.store_kv import store_kv
 from attention.paged import PagedBackend
 from attention.reference import ReferenceBackend
-from tests.attention.paging import poisoned_cache, scattered_tables, tensors_of
-from tests.attention.test_reference import BASE, SPECS, Sequences
+from tests.attention.agreement import QUANTIZED, WIDE, WIDE_LENGTHS, WIDE_STEPS, agree
+from tests.attention.paging import poisoned_cache, tensors_of
+from tests.attention.test_reference import BASE, SPECS
 
 DEVICE = torch.device("cpu" if interpreting() else "cuda")
-TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-
-LENGTHS = [11, 1, 37, 18]
-MIXED = [{2: 20, 0: 4}, {0: 1, 1: 1, 2: 1}, {3: 17, 0: 5, 2: 15}, {3: 1, 0: 1, 2: 1}]
-"""Prompts in chunks, all decoding, and both together; some sequences rest."""
-
-WIDE = {
-    "dim-192-128": AttentionSpec(2, 2, 192, 128, scale=192**-0.5),
-    "dim-256": replace(BASE, key_dim=256, value_dim=256, scale=1 / 16, softcap=2.0),
-    "dim-576-512": AttentionSpec(20, 1, 576, 512, scale=576**-0.5),
-    "group-7": AttentionSpec(14, 2, 16, 16, scale=0.25, window=9),
-    "group-130": AttentionSpec(130, 1, 16, 16, scale=0.25),
-}
-QUANTIZED = (torch.float8_e4m3fn, torch.int8)
-
-
-def check(
-    spec: AttentionSpec,
-    model: torch.dtype = torch.float32,
-    stored: torch.dtype | None = None,
-    block_size: int = 3,
-    lengths: list[int] = LENGTHS,
-    steps: list[dict[int, int]] = MIXED,
-) -> None:
-    """Every forward gives what the reference gives, and leaves the same bytes in the cache, poison included."""
-    torch.manual_seed(0)
-    sequences = Sequences.random(spec, lengths, model)
-    sizes = ([spec] * 2, sum(lengths), block_size, stored or model)
-    pairs = [(ReferenceBackend(), torch.device("cpu")), (PagedBackend(), DEVICE)]
-    caches = [poisoned_cache(*sizes, device) for _, device in pairs]
-    tables = scattered_tables(lengths, caches[0])
-    done = [0] * len(lengths)
-    for step in steps:
-        rows = [slice(done[s], done[s] + count) for s, count in step.items()]
-        q, k, v = (
-            torch.cat([tensors[s][part] for s, part in zip(step, rows, strict=True)])
-            for tensors in (sequences.q, sequences.k, sequences.v)
-        )
-        for sequence, count in step.items():
-            done[sequence] += count
-        results = []
-        for (backend, device), cache in zip(pairs, caches, strict=True):
-            plan = ([*step.values()], [done[s] for s in step], [tables[s] for s in step])
-            batch = AttentionBatch.pack(*plan, block_size, device)
-            sinks = None if sequences.sinks is None else sequences.sinks.to(device)
-            inputs = (tensor.to(device) for tensor in (q, k, v))
-            results.append(backend.forward(1, spec, *inputs, batch, cache, sinks).cpu())
-        wanted, got = results
-        assert got.dtype == wanted.dtype
-        torch.testing.assert_close(got, wanted, rtol=TOLERANCE[model], atol=TOLERANCE[model])
-    for wanted, got in zip(*map(tensors_of, caches), strict=True):
-        assert torch.equal(got.cpu().view(torch.uint8), wanted.view(torch.uint8)), "the caches differ"
+check = partial(agree, PagedBackend(), DEVICE)
+"""Every forward gives what the reference gives, and leaves the same bytes in the cache."""
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -82,7 +34,7 @@ def test_every_option(name: str) -> None:
 
 @pytest.mark.parametrize("name", WIDE)
 def test_wide_heads_and_large_groups(name: str) -> None:
-    check(WIDE[name], lengths=[5, 1, 9, 7], steps=[{2: 6, 0: 4}, {0: 1, 1: 1, 2: 1}, {3: 7, 2: 1}])
+    check(WIDE[name], lengths=WIDE_LENGTHS, steps=WIDE_STEPS)
 
 
 @pytest.mark.parametrize("stored", QUANTIZED)

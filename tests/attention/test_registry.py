@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from attention import AttentionBackend, AttentionError, AttentionSpec, UnsupportedAttention, registry, select
+from attention.cpu import Build
 from attention.reference import ReferenceBackend
 
 CPU = torch.device("cpu")
@@ -28,7 +29,7 @@ class Picky(ReferenceBackend):
 
 @pytest.fixture
 def picky_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    def picky() -> AttentionBackend:
+    def picky(build: Build | None) -> AttentionBackend:
         return Picky()
 
     monkeypatch.setattr(registry, "BACKENDS", {"picky": picky, **registry.BACKENDS})
@@ -38,7 +39,8 @@ def test_the_reference_computes_everything() -> None:
     everything = AttentionSpec(6, 2, 12, 5, scale=0.7, window=6, softcap=0.8, sinks=True)
     selection = select([SPEC, everything], CPU)
     assert selection.backend.name == "reference"
-    assert selection.refusals == {"paged": f"its kernels need a CUDA device, not cpu (asked for {SPEC})"}
+    assert list(selection.refusals) == ["paged", "cpu"]
+    assert selection.refusals["paged"] == f"its kernels need a CUDA device, not cpu (asked for {SPEC})"
 
 
 @pytest.mark.usefixtures("picky_first")

@@ -1,0 +1,87 @@
+// What every C source that native.py builds may include: number formats, and which instructions this machine has.
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__x86_64__) && defined(__linux__) && defined(__has_include)
+#if __has_include(<amxbf16intrin.h>)
+#define X86 1
+#include <cpuid.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define ALIGNED __attribute__((aligned(64)))
+#define UNROLL _Pragma("GCC unroll 16")
+
+#ifdef X86
+#define TARGETS(features) __attribute__((target(features)))
+#define AVX512_FEATURES "avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512"
+#define AVX2 TARGETS("avx2,fma")
+#define AVX512 TARGETS(AVX512_FEATURES)
+#define BF16 TARGETS("avx512bf16," AVX512_FEATURES)
+#define AMX TARGETS("amx-tile,amx-bf16," AVX512_FEATURES)
+#endif
+
+enum { FLOAT32, BFLOAT16, FLOAT16 };
+
+INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+
+INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+INLINE float as_float(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+INLINE uint32_t as_bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+
+INLINE uint16_t to_bf16(float value) {
+    uint32_t bits = as_bits(value);
+    return value != value ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+INLINE float from_bf16(uint16_t bits) { return as_float((uint32_t)bits << 16); }
+
+INLINE float from_f16(uint16_t bits) {
+    float magnitude = as_float((uint32_t)(bits & 0x7fff) << 13) * 0x1p112f;
+    uint32_t not_finite = (bits & 0x7c00) == 0x7c00 ? 0x7f800000 : 0;
+    return as_float(as_bits(magnitude) | not_finite | (uint32_t)(bits & 0x8000) << 16);
+}
+
+const int openmp =
+#ifdef _OPENMP
+    1;
+#else
+    0;
+#endif
+
+// The last of portable, AVX2, AVX-512, AVX-512 with bfloat16, and AMX that this machine has; it has those before it too.
+// Asks Linux for the use of AMX.
+int detect(void) {
+#ifdef X86
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+    if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||
+        !__builtin_cpu_supports("avx512vl"))
+        return 1;
+    if (!__builtin_cpu_supports("avx512bf16")) return 2;
+    enum { AMX_BF16_AND_TILE = 1 << 22 | 1 << 24, REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
+    unsigned a, b, c, d = 0;
+    __get_cpuid_count(7, 0, &a, &b, &c, &d);
+    int amx = (d & AMX_BF16_AND_TILE) == AMX_BF16_AND_TILE;
+    return amx && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0 ? 4 : 3;
+#else
+    return 0;
+#endif
+}

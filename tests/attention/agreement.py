@@ -1,0 +1,70 @@
+"""A backend against the reference, forward by forward, each over a poisoned cache of its own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from attention import AttentionBackend, AttentionBatch, AttentionSpec
+from attention.reference import ReferenceBackend
+from tests.attention.paging import poisoned_cache, scattered_tables, tensors_of
+from tests.attention.test_reference import BASE, Sequences
+
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+LENGTHS = [11, 1, 37, 18]
+MIXED = [{2: 20, 0: 4}, {0: 1, 1: 1, 2: 1}, {3: 17, 0: 5, 2: 15}, {3: 1, 0: 1, 2: 1}]
+"""Prompts in chunks, all decoding, and both together; some sequences rest."""
+
+WIDE = {
+    "dim-192-128": AttentionSpec(2, 2, 192, 128, scale=192**-0.5),
+    "dim-256": replace(BASE, key_dim=256, value_dim=256, scale=1 / 16, softcap=2.0),
+    "dim-576-512": AttentionSpec(20, 1, 576, 512, scale=576**-0.5),
+    "group-7": AttentionSpec(14, 2, 16, 16, scale=0.25, window=9),
+    "group-130": AttentionSpec(130, 1, 16, 16, scale=0.25),
+}
+WIDE_LENGTHS = [5, 1, 9, 7]
+WIDE_STEPS = [{2: 6, 0: 4}, {0: 1, 1: 1, 2: 1}, {3: 7, 2: 1}]
+
+QUANTIZED = (torch.float8_e4m3fn, torch.int8)
+
+
+def agree(
+    backend: AttentionBackend,
+    device: torch.device,
+    spec: AttentionSpec,
+    model: torch.dtype = torch.float32,
+    stored: torch.dtype | None = None,
+    block_size: int = 3,
+    lengths: list[int] = LENGTHS,
+    steps: list[dict[int, int]] = MIXED,
+) -> None:
+    """Every forward gives what the reference gives, and leaves the same bytes in the cache, poison included."""
+    torch.manual_seed(0)
+    sequences = Sequences.random(spec, lengths, model)
+    sizes = ([spec] * 2, sum(lengths), block_size, stored or model)
+    pairs = [(ReferenceBackend(), torch.device("cpu")), (backend, device)]
+    caches = [poisoned_cache(*sizes, device) for _, device in pairs]
+    tables = scattered_tables(lengths, caches[0])
+    done = [0] * len(lengths)
+    for step in steps:
+        rows = [slice(done[s], done[s] + count) for s, count in step.items()]
+        q, k, v = (
+            torch.cat([tensors[s][part] for s, part in zip(step, rows, strict=True)])
+            for tensors in (sequences.q, sequences.k, sequences.v)
+        )
+        for sequence, count in step.items():
+            done[sequence] += count
+        results = []
+        for (each, device), cache in zip(pairs, caches, strict=True):
+            plan = ([*step.values()], [done[s] for s in step], [tables[s] for s in step])
+            batch = AttentionBatch.pack(*plan, block_size, device)
+            sinks = None if sequences.sinks is None else sequences.sinks.to(device)
+            inputs = (tensor.to(device) for tensor in (q, k, v))
+            results.append(each.forward(1, spec, *inputs, batch, cache, sinks).cpu())
+        wanted, got = results
+        assert got.dtype == wanted.dtype
+        torch.testing.assert_close(got, wanted, rtol=TOLERANCE[model], atol=TOLERANCE[model])
+    for wanted, got in zip(*map(tensors_of, caches), strict=True):
+        assert torch.equal(got.cpu().view(torch.uint8), wanted.view(torch.uint8)), "the caches differ"
