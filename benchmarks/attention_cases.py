@@ -82,7 +82,8 @@ class Filled:
         return self.case.spec, self.q, self.k, self.v, self.batch, self.cache, None
 
     def peers(self) -> dict[str, list[Callable[[], Tensor]]]:
-        """PyTorch's attention over keys and values that need no pages and no storing; without those that refuse."""
+        """PyTorch's attention over keys and values that need no pages and no storing, and on CPUs also over those gathered
+        from the pages; without those that refuse."""
         case, spec = self.case, self.case.spec
         lying = [
             tuple(
@@ -102,6 +103,15 @@ class Filled:
         found = {name: [partial(attend, kind, k, v) for k, v in lying] for name, kind in kinds.items()}
         if self.q.device.type == "cuda":
             found["varlen_attn"] = self._varlen(lying)
+        else:
+            positions = torch.arange(case.context)
+            slots = self.batch.block_tables[:, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE
+
+            def gather(call: int) -> Tensor:
+                k, v = (tensor.transpose(1, 2) for tensor in self.cache.read(call, slots))
+                return attend(SDPBackend.FLASH_ATTENTION, k, v)
+
+            found["gather + sdpa"] = [partial(gather, call) for call in self.copies]
         return {name: calls for name, calls in found.items() if _works(name, calls[0])}
 
     def _varlen(self, lying: list[tuple[Tensor, ...]]) -> list[Callable[[], Tensor]]:

@@ -23,7 +23,7 @@ static int omp_get_thread_num(void) { return 0; }
 #endif
 
 enum { INT8 = FLOAT16 + 1, FP8_E4M3 };  // after the number formats of native.h
-enum { ROWS = 64, BATCH = 16, KEYS = 64, BLOCKS_PER_PART = 4 };
+enum { ROWS = 64, BATCH = 16, KEYS = 128, BLOCKS_PER_PART = 2 };
 enum { THREAD_WORK = 1 << 19 };      // multiplications that are worth one more thread
 enum { THREAD_BYTES = 1 << 17 };     // bytes to store that are
 static const float LOWEST = -0x1p127f;  // below every score, and finite: no key has been seen yet
