@@ -1,7 +1,7 @@
 """Paged attention: what a model's layers compute, where keys and values live, and who does the work.
 
     specs = attention.read_specs(config)                              the recorded calls of the model
-    selection = attention.select(specs, device)                       a backend that refuses none of them
+    selection = attention.select(specs, device, build=build)          a backend that refuses none of them
     cache = attention.KVCache(specs, blocks, block_size, dtype, device)
     batch = attention.AttentionBatch.pack(queries, kv_lens, tables, block_size, device)
     with attention.forward_batch(batch, cache, selection.backend, specs):

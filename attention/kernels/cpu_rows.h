@@ -125,10 +125,7 @@ TARGET static void NAME(weigh)(const Job *job, const Block *block, Result result
         memset(weights, 0, KEYS * sizeof *weights);
         return;
     }
-    for (int n = 0; n < KEYS; n++) {  // a scale that is not finite spoils its key, whatever the codes are
-        float factor = block->key_factor[n];
-        scores[n] = scores[n] * factor + (factor - factor);
-    }
+    for (int n = 0; n < KEYS; n++) scores[n] *= block->key_factor[n];
     float cap = job->softcap;
     if (cap)
         for (int n = 0; n < KEYS; n++) scores[n] = cap * tanh_of(scores[n] / cap);
