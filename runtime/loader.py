@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quant.base import QuantError
+from quant.embedding import QuantEmbedding
 from quant.linear import QuantLinear, buffer_name, set_module
 from runtime.checkpoint import Checkpoint
 from runtime.errors import LoadError, some
@@ -68,16 +69,23 @@ class PlannedQuantizer(HfQuantizer):
         ties: Any = getattr(model, "all_tied_weights_keys", {})
         if plan.on_load:
             self.streaming = Streaming(plan, ties)
-        for name in replaced & ties.keys():
+        for name in [name for name, source in ties.items() if replaced & {name, source}]:
             del ties[name]
         with torch.device("meta"):
             for module in plan.quantized:
                 assert module.scheme is not None
                 assert module.choice is not None
-                layer = QuantLinear(
-                    module.name, module.shape, module.scheme, module.choice.kernel, module.stored, plan.dtype
+                meaning = (module.name, module.shape, module.scheme)
+                layer = (
+                    QuantEmbedding(*meaning, module.stored, plan.dtype)
+                    if module.shape.lookup
+                    else QuantLinear(*meaning, module.choice.kernel, module.stored, plan.dtype)
                 )
                 set_module(model, module.name, layer)
+                # Some models initialize a linear layer's weight from its parent (GPT-2): there is none, nor anything to do.
+                parent = model.get_submodule(module.name.rpartition(".")[0])
+                if not [*parent.parameters(recurse=False), *parent.buffers(recurse=False)]:
+                    parent._is_hf_initialized = True
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         method = self.quantization_config.plan.method

@@ -16,11 +16,12 @@ from torch import nn
 
 from quant import kernels
 from quant.base import Activation, LinearShape, NoKernel, QuantError, QuantMethod, Scheme, TensorSpec, canonical_bytes
+from quant.embedding import lookup
 from quant.onload.base import OnLoad
 from runtime.accounting import DENSE_DTYPES, Account, balance, check_stored, rename_headers
 from runtime.checkpoint import Checkpoint, tensor_bytes
 from runtime.errors import LoadError, some
-from runtime.quantization import linear_shape, resolve_method, stored_transposed, unquantized_experts
+from runtime.quantization import linear_shape, refuse_shared, resolve_method, stored_transposed, unquantized_experts
 from runtime.skeleton import build_meta_model, read_model_config, resolve_device, resolve_dtype
 
 WORKING_BYTES = 32 << 20
@@ -182,7 +183,7 @@ def _plan_linears(
     asked: str | None,
     weight_only: bool | None,
 ) -> dict[str, ModulePlan]:
-    """A plan for every ``nn.Linear`` and ``Conv1D``; subclasses are left alone, their forward does something else."""
+    """A plan for every ``nn.Linear`` and ``Conv1D``, and for embeddings that are stored quantized."""
     tied = getattr(model, "all_tied_weights_keys", {})
     plans: dict[str, ModulePlan] = {}
     executes = method is None or method.executes_inputs_on is None or device.type in method.executes_inputs_on
@@ -192,8 +193,15 @@ def _plan_linears(
         if shape is None:
             continue
         scheme = method.scheme_for(name, shape) if method else None
+        if shape.lookup and scheme is None:
+            continue
         if scheme is None or method is None:
             shares = f"{name}.weight" in tied
+            source = tied.get(f"{name}.weight", "").removesuffix(".weight")
+            if source in plans and plans[source].shape.lookup:
+                shares = False
+                if f"{name}.weight" not in headers:
+                    refuse_shared(name, source)
             size = 0 if shares else shape.in_features * shape.out_features * dtype.itemsize
             reason = method.dense_reason(name) if method else "the checkpoint is not quantized"
             reason = f"shares the weight of {tied[f'{name}.weight']}" if shares else reason
@@ -211,7 +219,7 @@ def _plan_linears(
         for local, expected in stored.items() if not isinstance(method, OnLoad) else ():
             check_stored(f"{name}.{local}", headers.get(f"{name}.{local}"), expected)
         try:
-            choice = kernels.choose(scheme, shape, device, asked)
+            choice = lookup(scheme, shape, device) if shape.lookup else kernels.choose(scheme, shape, device, asked)
         except NoKernel as error:
             raise NoKernel(f"{name}: {error}") from error
         refusals = [f"{other} refused: {why}" for other, why in choice.refusals.items()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -45,12 +45,15 @@ def dense_by_default(model: Any) -> dict[str, str]:
 
 
 def linear_shape(module: nn.Module) -> LinearShape | None:
-    """The sizes of a linear layer, GPT-2's ``Conv1D`` included; ``None`` for everything else and for subclasses."""
+    """The sizes of a linear layer, GPT-2's ``Conv1D`` included, or of an embedding; ``None`` for everything else and for
+    subclasses, whose forward does something of its own."""
     if type(module) is nn.Linear:
         return LinearShape(module.in_features, module.out_features, module.bias is not None)
     if stored_transposed(module):
         inputs, outputs = module.get_parameter("weight").shape
         return LinearShape(inputs, outputs, True)
+    if type(module) is nn.Embedding:
+        return LinearShape(module.embedding_dim, module.num_embeddings, lookup=True)
     return None
 
 
@@ -67,3 +70,11 @@ def unquantized_experts(model: nn.Module) -> tuple[str, ...]:
     if not stacked:
         return ()
     return (f"{len(stacked)} stacked expert weights stay dense, {sum(p.numel() for p in stacked)} numbers in all",)
+
+
+def refuse_shared(head: str, source: str) -> NoReturn:
+    """A dense head cannot share a weight that is not there."""
+    raise UnsupportedCheckpoint(
+        f"{head} shares the weight of {source} (tie_word_embeddings), which is stored quantized: multiplying by an embedding's "
+        "codes is not supported. Use a copy whose head is stored by itself, or whose embedding is dense."
+    )

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 
-from quant.base import QuantError
 from quant.linear import QuantLinear
 from runtime.plan import LoadPlan
 
@@ -24,7 +23,7 @@ class Streaming:
     def __init__(self, plan: LoadPlan, ties: Mapping[str, str]) -> None:
         assert plan.method is not None
         self.plan, self.method = plan, plan.method
-        self.error: QuantError | None = None
+        self.error: Exception | None = None
         self.feeds: dict[str, list[str]] = {}
         for module in plan.quantized:
             weight = f"{module.name}.weight"
@@ -68,8 +67,8 @@ class QuantizeStreamed(ConversionOps):
                 del input_dict[source], value
             try:
                 filled = self.streaming.fill(model, source, weight)
-            except QuantError as error:
-                # Transformers would turn it into a line of its report; it is raised after loading instead.
+            except Exception as error:
+                # Transformers would make it a line of a table; it is raised after loading instead.
                 self.streaming.error = self.streaming.error or error
                 filled = [f"{name}.weight" for name in self.streaming.feeds[source]]
             if missing_keys is not None:

@@ -15,7 +15,7 @@ from quant.onload import bnb
 from quant.onload.base import OnLoad
 from quant.onload.options import Options
 from quant.onload.rounding import Rounding
-from quant.registry import ALIASES, known_methods
+from quant.registry import ALIASES, known_methods, method_class
 
 GROUP = 128
 """Inputs that share a scale of an integer weight, if nothing is said."""
@@ -83,6 +83,7 @@ def _cannot(asked: str) -> str:
     if name not in known_methods():
         known = ", ".join(sorted({*known_methods(), *NAMES}))
         return f"--quantization {asked}: no such format; known: {known}."
+    method_class(name)  # a plugin that is broken says so itself
     writer = WRITERS.get(name)
     needs = f"Such checkpoints need calibration and are written by {writer}. " if writer else ""
     return (

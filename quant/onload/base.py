@@ -50,7 +50,7 @@ class OnLoad(QuantMethod):
         return None
 
     def scheme_for(self, layer: str, shape: LinearShape) -> Scheme | None:
-        return None if layer in self.dense else self.scheme(shape)
+        return None if shape.lookup or layer in self.dense else self.scheme(shape)
 
     def dense_reason(self, layer: str) -> str:
         return self.dense[layer]

@@ -77,7 +77,7 @@ def quantize(weight: Tensor, scheme: Scheme, shape: LinearShape) -> QuantWeight:
     rows = max(1, WEIGHTS_AT_ONCE // shape.in_features)
     whole: dict[str, Tensor] = {}
     for start in range(0, shape.out_features, rows):
-        part = rounded(weight[start : start + rows], scheme)
+        part = rounded(weight[start : start + rows].contiguous(), scheme)
         for name, tensor in part.items():
             target = whole.setdefault(name, torch.empty(specs[name], dtype=tensor.dtype, device=tensor.device))
             target[start : start + rows] = tensor
