@@ -46,6 +46,7 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks.linear
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.engine
+	$(BIN)/python -m benchmarks.loading
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -37,7 +37,7 @@ def quantize_dequantize(x: Tensor, how: Activation, scale: Tensor | None, zero: 
     else:
         step, zero = _dynamic(grouped, how, scale)
     shift = 0.0 if zero is None else zero
-    codes = _round((grouped / step + shift).clamp(low, high), how.kind)
+    codes = round_to((grouped / step + shift).clamp(low, high), how.kind)
     return ((codes - shift) * step).flatten(-2)[..., :inputs].to(x.dtype)
 
 
@@ -48,7 +48,7 @@ def _range(kind: WeightKind) -> tuple[float, float]:
     return -largest, largest
 
 
-def _round(x: Tensor, kind: WeightKind) -> Tensor:
+def round_to(x: Tensor, kind: WeightKind) -> Tensor:
     """To the nearest number of this kind, ties to the even code."""
     if kind.is_integer:
         return x.round()
@@ -65,28 +65,33 @@ def _dynamic(x: Tensor, how: Activation, stored: Tensor | None) -> tuple[Tensor,
     if not how.symmetric:
         # Zero itself must be a code, hence the zeros that the range always covers.
         least, most = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
-        step = _nonzero((most - least) / (high - low))
+        step = nonzero((most - least) / (high - low))
         return step, (low - least / step).clamp(low, high).round()
     largest = x.abs().amax(-1, keepdim=True)
     if how.clamp is not None:
         largest = largest.clamp(max=how.clamp)
     step = largest / ((high - low) / 2)
     if how.rule is ScaleRule.POWER_UP:
-        step = torch.exp2(torch.log2(_nonzero(step)).ceil())
+        step = torch.exp2(torch.log2(nonzero(step)).ceil())
     elif how.rule is ScaleRule.POWER:
-        # The power of two below; above from 1.75 times that power on, where E2M1 would round up beyond its largest number.
-        mantissa, exponent = torch.frexp(_nonzero(largest).float())
-        exponent = exponent - 1 + (mantissa >= 0.875).int() - LARGEST_EXPONENT[how.kind]
-        step = torch.exp2(exponent.clamp(-127, 127).float()).to(x.dtype)
+        step = torch.exp2(power_exponent(largest, how.kind)).to(x.dtype)
     elif how.rule is ScaleRule.LOCAL:
         assert stored is not None
         local = (step * stored).clamp(max=FP8_MAX).to(torch.float8_e4m3fn).to(torch.float32)
         smallest = torch.finfo(torch.float8_e4m3fn).eps
         return torch.where(local == 0, smallest, local) / stored, None
-    return _nonzero(step), None
+    return nonzero(step), None
 
 
-def _nonzero(step: Tensor) -> Tensor:
+def power_exponent(largest: Tensor, kind: WeightKind) -> Tensor:
+    """Exponents, in float32, of the scales of blocks with these largest magnitudes: the power of two below; above from 1.75
+    times that power on, where E2M1 would round up beyond its largest number."""
+    mantissa, exponent = torch.frexp(nonzero(largest).float())
+    exponent = exponent - 1 + (mantissa >= 0.875).int() - LARGEST_EXPONENT[kind]
+    return exponent.clamp(-127, 127).float()
+
+
+def nonzero(step: Tensor) -> Tensor:
     """All zeros have no scale; any other one will do."""
     return torch.where(step == 0, 1.0, step)
 
@@ -95,5 +100,5 @@ def _llm_int8(x: Tensor, threshold: float) -> Tensor:
     """int8 a token, absmax on 127; from ``threshold`` on a number is an outlier, neither measured nor rounded."""
     outliers = x.abs() >= threshold if threshold else torch.zeros_like(x, dtype=torch.bool)
     regular = x.masked_fill(outliers, 0)
-    largest = _nonzero(regular.abs().amax(-1, keepdim=True))
+    largest = nonzero(regular.abs().amax(-1, keepdim=True))
     return torch.where(outliers, x, (regular * (127 / largest)).round() * (largest / 127))

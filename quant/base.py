@@ -91,11 +91,13 @@ class TensorSpec(NamedTuple):
 
 @dataclass(frozen=True)
 class LinearShape:
-    """The sizes of one linear layer, ``y [.., out] = x [.., in] @ W.T + bias``."""
+    """The sizes of one linear layer, ``y [.., out] = x [.., in] @ W.T + bias``; or, with ``lookup``, of an embedding that
+    turns ids below ``out_features`` into rows of ``W``."""
 
     in_features: int
     out_features: int
     bias: bool = False
+    lookup: bool = False
 
     def __str__(self) -> str:
         return f"{self.in_features}→{self.out_features}"

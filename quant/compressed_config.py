@@ -77,9 +77,9 @@ class Group:
     weights: Weights
     inputs: Activation | None
 
-    def rank(self, layer: str) -> int | None:
-        """How closely the group's nearest target means this layer."""
-        ranks = (matching.compressed_rank(target, layer) for target in self.targets)
+    def rank(self, layer: str, classes: Iterable[str] = matching.LINEAR_CLASSES) -> int | None:
+        """How closely the group's nearest target means this layer, a module of ``classes``."""
+        ranks = (matching.compressed_rank(target, layer, classes) for target in self.targets)
         return min((rank for rank in ranks if rank is not None), default=None)
 
 
@@ -127,14 +127,15 @@ class CompressedConfig:
         numbers = [int(part) for part in self.version.split(".")[:2] if part.isdecimal()]
         return numbers >= [0, 18]
 
-    def group_of(self, layer: str) -> Group | None:
+    def group_of(self, layer: str, classes: Iterable[str] = matching.LINEAR_CLASSES) -> Group | None:
         """The group with the closest target; of two as close the first."""
-        ranked = [(rank, place) for place, group in enumerate(self.groups) if (rank := group.rank(layer)) is not None]
+        found = ((group.rank(layer, classes), place) for place, group in enumerate(self.groups))
+        ranked = [(rank, place) for rank, place in found if rank is not None]
         return self.groups[min(ranked)[1]] if ranked else None
 
-    def ignored(self, layer: str) -> str | None:
+    def ignored(self, layer: str, classes: Iterable[str] = matching.LINEAR_CLASSES) -> str | None:
         """The entry of ``ignore`` that means this layer."""
-        return matching.first(self.ignore, layer, matching.compressed_tensors)
+        return next((entry for entry in self.ignore if matching.compressed_tensors(entry, layer, classes)), None)
 
     def unmatched(self, layers: Iterable[str]) -> list[str]:
         """Entries that mean none of the layers, with their field. A target that names a class is a default and always

@@ -1,7 +1,8 @@
 """The module that takes the place of ``nn.Linear``.
 
 Its life has two halves. Before loading it holds empty tensors named and typed as the checkpoint stores them, so that any
-loader that fills a state dict can fill it. :meth:`QuantLinear.finish` then turns them into a kernel's weight, once.
+loader that fills a state dict can fill it. :meth:`QuantLinear.finish` then turns them into a kernel's weight, once: after
+loading, or, where a dense weight is quantized, as soon as it came.
 """
 
 from __future__ import annotations
@@ -54,8 +55,7 @@ class QuantLinear(nn.Module):
         """Repack the loaded tensors for the kernel and free them. Raises :class:`BadCheckpoint` on values that cannot be."""
         tensors = {local: getattr(self, buffer_name(local)) for local in self._stored}
         for local, tensor in tensors.items():
-            if local not in method.opaque and tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
-                broken = int((~torch.isfinite(tensor.float())).sum())
+            if local not in method.opaque and tensor.is_floating_point() and (broken := _not_finite(tensor)):
                 raise BadCheckpoint(
                     f"{self.name}.{local}: {broken} of {tensor.numel()} values are NaN or infinite. The file is damaged."
                 )
@@ -64,8 +64,11 @@ class QuantLinear(nn.Module):
         except QuantError as error:
             raise type(error)(f"{self.name}: {error}") from error
         self.scheme = weight.scheme  # may be simpler than planned: no zero points, no order
-        if self.bias is not None and not self.bias.any():  # auto-gptq stores one for every layer
+        if (
+            self.bias is not None and not self.bias.is_meta and not self.bias.any()
+        ):  # auto-gptq stores one for every layer
             self.bias = None
+        tensors.clear()
         for local in self._stored:
             delattr(self, buffer_name(local))
         self._stored = ()
@@ -84,6 +87,12 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.shape}, {self.scheme}, kernel={self.kernel.name}, bias={self.shape.bias}"
+
+
+def _not_finite(tensor: Tensor) -> int:
+    """How many values are NaN or infinite."""
+    wide = tensor.float() if tensor.itemsize == 1 else tensor  # torch asks no 8-bit float
+    return tensor.numel() - int(torch.isfinite(wide).sum())
 
 
 def buffer_name(local: str) -> str:

@@ -19,6 +19,7 @@ Dialect = Callable[[str, str], bool]
 """``(entry, module name) -> does the entry name the module?``"""
 
 LINEAR_CLASSES = ("Linear", "Module")
+EMBEDDING_CLASSES = ("Embedding",)
 """The classes of a linear layer, as compressed-tensors looks for them by name."""
 
 REGEX_CHARACTERS = frozenset("*+?^$()[]{}|\\")

@@ -90,7 +90,7 @@ def resolve(config: Mapping[str, Any], headers: Mapping[str, TensorSpec], asked:
     return answers[0]
 
 
-def confirm(found: str | None, asked: str | None) -> None:
+def confirm(found: str, asked: str | None) -> None:
     """Raise :class:`UnsupportedCheckpoint`, naming both, if the user asked for another format than was found."""
     if asked is None or ALIASES.get(asked, asked) == found:
         return
@@ -99,10 +99,9 @@ def confirm(found: str | None, asked: str | None) -> None:
     if asked not in known_methods() and asked not in ALIASES:
         known = ", ".join(known_methods())
         raise UnsupportedCheckpoint(f"--quantization {asked}: no such format; known: {known}.")
-    stored = f"its quantization is {found!r}" if found else "it is not quantized"
     raise UnsupportedCheckpoint(
-        f"--quantization {asked} was asked for, but the checkpoint says {stored}. "
-        "The option only confirms the format; leave it out to load the checkpoint as it is."
+        f"--quantization {asked} was asked for, but the checkpoint says its quantization is {found!r}. For a quantized "
+        "checkpoint the option only confirms the format; leave it out to load the checkpoint as it is."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any
@@ -15,8 +16,9 @@ from runtime.errors import LoadError
 class EngineConfig:
     """``None`` means: decided from the model and the memory that is there, and reported.
 
-    ``quantization`` confirms the checkpoint's format; ``kernel`` and ``attention_backend`` choose by name and fail rather
-    than fall back. ``weight_only`` says whether layers' inputs are left alone where a checkpoint wants them quantized
+    ``quantization`` confirms a checkpoint's format, or names what a dense one is quantized to while it loads, with the options
+    in ``quantization_config`` (:class:`quant.onload.options.Options`); ``kernel`` and ``attention_backend`` choose by name and
+    fail rather than fall back. ``weight_only`` says whether layers' inputs are left alone where they would be quantized
     (``None``: as the format's own library does on this device). ``max_model_len`` is the longest prompt and answer
     together, ``max_total_tokens`` (or ``kv_cache_memory``, bytes or ``"2GiB"``) the size of the KV cache,
     ``max_num_batched_tokens`` the tokens of one forward pass and ``max_num_seqs`` the requests that run at once.
@@ -29,6 +31,7 @@ class EngineConfig:
     tokenizer: str | None = None
     skip_tokenizer_init: bool = False
     quantization: str | None = None
+    quantization_config: Mapping[str, Any] | None = None
     kernel: str | None = None
     weight_only: bool | None = None
     attention_backend: str | None = None

@@ -74,6 +74,7 @@ class Engine:
             dtype=config.dtype,
             device=config.device,
             quantization=config.quantization,
+            quantization_config=config.quantization_config,
             kernel=config.kernel,
             weight_only=config.weight_only,
             trust_remote_code=config.trust_remote_code,

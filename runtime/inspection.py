@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def inspect(
     model: str | Path,
     *,
     quantization: str | None = None,
+    quantization_config: Mapping[str, Any] | None = None,
     kernel: str | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
@@ -52,6 +54,7 @@ def inspect(
         dtype=dtype,
         device=device,
         quantization=quantization,
+        quantization_config=quantization_config,
         kernel=kernel,
         weight_only=weight_only,
         trust_remote_code=trust_remote_code,

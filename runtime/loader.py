@@ -10,13 +10,12 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -27,11 +26,14 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quant.base import QuantError
+from quant.embedding import QuantEmbedding
 from quant.linear import QuantLinear, buffer_name, set_module
 from runtime.checkpoint import Checkpoint
 from runtime.errors import LoadError, some
+from runtime.peak import measure_peak, peak_rss
 from runtime.plan import LoadPlan, make_plan
 from runtime.report import load_report
+from runtime.streaming import QuantizeStreamed, Streaming
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +54,9 @@ class PlannedQuantization(QuantizationConfigMixin):
 
 @register_quantizer(QUANTIZER)
 class PlannedQuantizer(HfQuantizer):
-    """Swaps and repacks what the plan says."""
+    """Swaps what the plan says, and repacks it: after loading, or, where dense weights are quantized, as they come."""
 
-    requires_calibration = True  # only checkpoints that are already quantized
+    streaming: Streaming | None = None
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
         plan: LoadPlan = self.quantization_config.plan
@@ -65,23 +67,45 @@ class PlannedQuantizer(HfQuantizer):
         # A quantized layer has no weight that it could share with the embedding.
         replaced = {f"{module.name}.weight" for module in plan.quantized}
         ties: Any = getattr(model, "all_tied_weights_keys", {})
-        for name in replaced & ties.keys():
+        if plan.on_load:
+            self.streaming = Streaming(plan, ties)
+        for name in [name for name, source in ties.items() if replaced & {name, source}]:
             del ties[name]
         with torch.device("meta"):
             for module in plan.quantized:
                 assert module.scheme is not None
                 assert module.choice is not None
-                layer = QuantLinear(
-                    module.name, module.shape, module.scheme, module.choice.kernel, module.stored, plan.dtype
+                meaning = (module.name, module.shape, module.scheme)
+                layer = (
+                    QuantEmbedding(*meaning, module.stored, plan.dtype)
+                    if module.shape.lookup
+                    else QuantLinear(*meaning, module.choice.kernel, module.stored, plan.dtype)
                 )
                 set_module(model, module.name, layer)
+                # Some models initialize a linear layer's weight from its parent (GPT-2): there is none, nor anything to do.
+                parent = model.get_submodule(module.name.rpartition(".")[0])
+                if not [*parent.parameters(recurse=False), *parent.buffers(recurse=False)]:
+                    parent._is_hf_initialized = True
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         method = self.quantization_config.plan.method
+        if self.streaming and self.streaming.error:
+            raise self.streaming.error
         for module in model.modules():
-            if isinstance(module, QuantLinear):
+            if isinstance(module, QuantLinear) and module.quant_weight is None:
                 module.finish(method)
         return model
+
+    def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+        return self.streaming is not None and param_name in self.streaming.feeds
+
+    def get_quantize_ops(self) -> QuantizeStreamed:
+        assert self.streaming is not None
+        return QuantizeStreamed(self.streaming)
+
+    @property
+    def quantized_element_size(self) -> float | None:
+        return self.streaming.bytes_per_weight if self.streaming else None
 
     def get_weight_conversions(self) -> list[Any]:
         """Stored names that no buffer can have."""
@@ -99,12 +123,14 @@ class PlannedQuantizer(HfQuantizer):
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """``seconds`` to load; ``peak_rss`` is the largest resident size this process ever had, in bytes."""
+    """``seconds`` to load; ``peak_rss`` is the largest resident size this process ever had, ``peak_growth`` what loading took
+    at its peak on the model's device, without pages of files, in bytes (``None``: the system does not tell)."""
 
     model: nn.Module
     plan: LoadPlan
     seconds: float
     peak_rss: int
+    peak_growth: int | None = None
 
 
 def load(plan: LoadPlan, attn_implementation: str | None = None) -> LoadedModel:
@@ -116,13 +142,14 @@ def load(plan: LoadPlan, attn_implementation: str | None = None) -> LoadedModel:
     started = time.perf_counter()
     config = plan.config
     config.transformers_weights = plan.checkpoint.weights  # the file that was checked, whatever config.json names
-    if plan.method is not None:
+    if plan.method is not None and not plan.on_load:
         config.quantization_config = {"quant_method": QUANTIZER, "plan": plan}
     try:
-        with _progress(sys.stderr.isatty()):
+        with _progress(sys.stderr.isatty()), measure_peak(plan.device) as peak:
             model, info = AutoModelForCausalLM.from_pretrained(
                 plan.checkpoint.folder,
                 config=config,
+                quantization_config=PlannedQuantization(plan) if plan.on_load else None,
                 dtype=plan.dtype,
                 device_map=None if plan.device.type == "cpu" else {"": plan.device},
                 attn_implementation=attn_implementation,
@@ -138,13 +165,14 @@ def load(plan: LoadPlan, attn_implementation: str | None = None) -> LoadedModel:
         vars(carrier).pop("transformers_weights", None)
     _check_report(plan, model, info)
     model.eval()
-    return LoadedModel(model, plan, time.perf_counter() - started, peak_rss())
+    return LoadedModel(model, plan, time.perf_counter() - started, peak_rss(), peak.growth)
 
 
 def load_model(
     path: str | Path,
     *,
     quantization: str | None = None,
+    quantization_config: Mapping[str, Any] | None = None,
     kernel: str | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
@@ -156,8 +184,10 @@ def load_model(
     """The plain Transformers model of a checkpoint, with quantized linears: ``model(input_ids).logits`` and
     ``model.generate`` work as usual, no engine is involved.
 
-    ``path`` is a folder, a Hub repository or ``demo`` / ``demo-bf16``. ``quantization`` confirms the format, ``kernel``
-    chooses what multiplies, ``weight_only`` says whether the quantization of inputs that a checkpoint may ask
+    ``path`` is a folder, a Hub repository or ``demo`` / ``demo-bf16``. ``quantization`` confirms the format of a quantized
+    checkpoint, or names what a dense one is quantized to while it loads (``fp8``, ``int4``, ``bitsandbytes``, ...:
+    :data:`quant.onload.NAMES`), with the options of :class:`quant.onload.options.Options` in ``quantization_config``.
+    ``kernel`` chooses what multiplies, ``weight_only`` says whether the quantization of inputs that a checkpoint may ask
     for is left out (``None``: as the format's own library does on this device). Raises :class:`LoadError`.
     """
     checkpoint = Checkpoint.open(path, revision, code=trust_remote_code)
@@ -166,6 +196,7 @@ def load_model(
         dtype=dtype,
         device=device,
         quantization=quantization,
+        quantization_config=quantization_config,
         kernel=kernel,
         weight_only=weight_only,
         trust_remote_code=trust_remote_code,
@@ -186,16 +217,6 @@ def _progress(wanted: bool) -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
-
-
-def peak_rss() -> int:
-    """Largest resident size of this process so far, in bytes, where the system tells; else the present one."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        line = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
-        if line:
-            return int(line.split()[1]) * 1024
-    return int(psutil.Process().memory_info().rss)
 
 
 def _check_report(plan: LoadPlan, model: nn.Module, info: dict[str, Any]) -> None:

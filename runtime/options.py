@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 from runtime.errors import InvalidRequest
 
 LOADING = (
-    "quantization", "kernel", "weight_only", "attention_backend", "dtype", "device", "trust_remote_code", "revision",
+    "quantization", "quantization_config", "kernel", "weight_only", "attention_backend", "dtype", "device",
+    "trust_remote_code", "revision",
 )  # fmt: skip
 ENGINE = (
     "tokenizer", "skip_tokenizer_init", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_total_tokens",
@@ -59,7 +60,11 @@ class Parser(argparse.ArgumentParser):
 def loading_options(parser: argparse.ArgumentParser) -> None:
     """The options that decide what is loaded; SGLang's spelling first, then vLLM's."""
     group = parser.add_argument_group("model")
-    group.add_argument("--quantization", "-q", metavar="FORMAT", help="the format you expect, e.g. awq; only confirms")
+    group.add_argument(
+        "--quantization", "-q", metavar="FORMAT",
+        help="the format you expect, e.g. awq; of a dense checkpoint: what to quantize it to while it loads: int4 (2 to 8), "
+        "fp8, bitsandbytes, mxfp4 or w8a8_int8",
+    )  # fmt: skip
     group.add_argument("--kernel", metavar="NAME", help="what multiplies by quantized weights; default: the best here")
     group.add_argument(
         "--weight-only",
@@ -71,6 +76,44 @@ def loading_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     group.add_argument("--trust-remote-code", action="store_true", help="run Python code of the checkpoint")
     group.add_argument("--revision", help="branch, tag or commit of a Hub repository")
+    quantizing_options(parser)
+
+
+class QuantizationOption(argparse.Action):
+    """Gathers the options of quantizing while loading in ``quantization_config``, under their flags' names."""
+
+    def __init__(
+        self, option_strings: Sequence[str], dest: str, option: str = "", value: Any = None, **options: Any
+    ) -> None:
+        self.option, self.value = option or dest, value
+        super().__init__(option_strings, "quantization_config", **options)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        config = namespace.quantization_config or {}
+        namespace.quantization_config = {**config, self.option: self.value if self.nargs == 0 else values}
+
+
+def quantizing_options(parser: argparse.ArgumentParser) -> None:
+    """How a dense checkpoint is quantized while it loads; spelled as in Transformers' and GPTQModel's configurations."""
+    group = parser.add_argument_group("quantizing a dense checkpoint while it loads")
+    switch: dict[str, Any] = {"action": QuantizationOption, "nargs": 0, "value": True}
+    group.add_argument(
+        "--group-size", action=QuantizationOption, type=int, metavar="N",
+        help="int2 to int8: inputs that share a scale (default: 128); -1: all of them",
+    )  # fmt: skip
+    group.add_argument("--symmetric", **switch, help="int2 to int8: no zero points (default: int8 only)")
+    group.add_argument("--asymmetric", **switch | {"option": "symmetric", "value": False}, help="with zero points")
+    group.add_argument("--load-in-4bit", **switch, help="bitsandbytes, 4 bits (its default)")
+    group.add_argument("--load-in-8bit", **switch, help="bitsandbytes, LLM.int8")
+    group.add_argument(
+        "--bnb-4bit-quant-type", action=QuantizationOption, choices=("nf4", "fp4"), help="bitsandbytes (default: nf4)"
+    )
+    group.add_argument("--bnb-4bit-use-double-quant", **switch, help="bitsandbytes: quantize the scales too")
+    group.add_argument(
+        "--llm-int8-threshold", action=QuantizationOption, type=float, metavar="X",
+        help="bitsandbytes, 8 bits: inputs of this size and above stay exact (default: 6)",
+    )  # fmt: skip
+    group.add_argument("--quantize-lm-head", **switch, help="the output head too (default: it stays dense)")
 
 
 def engine_options(parser: argparse.ArgumentParser) -> None:

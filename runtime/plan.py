@@ -14,19 +14,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from quant import kernels, registry
+from quant import kernels
 from quant.base import Activation, LinearShape, NoKernel, QuantError, QuantMethod, Scheme, TensorSpec, canonical_bytes
+from quant.embedding import lookup
+from quant.onload.base import OnLoad
 from runtime.accounting import DENSE_DTYPES, Account, balance, check_stored, rename_headers
 from runtime.checkpoint import Checkpoint, tensor_bytes
 from runtime.errors import LoadError, some
+from runtime.quantization import linear_shape, refuse_shared, resolve_method, stored_transposed, unquantized_experts
 from runtime.skeleton import build_meta_model, read_model_config, resolve_device, resolve_dtype
+
+WORKING_BYTES = 32 << 20
+"""What quantizing a part of a layer takes beside it (:data:`quant.onload.base.WEIGHTS_AT_ONCE`)."""
 
 
 @dataclass(frozen=True)
 class ModulePlan:
     """One linear layer. ``choice`` ``None`` means dense, and ``reason`` says why; otherwise ``reason`` tells what the
     kernel runs and who was asked before it. ``nbytes`` is the weight's size once loaded, ``dropped`` the activation
-    quantization that the checkpoint asks for and that is left out."""
+    quantization that the checkpoint asks for and that is left out. ``transposed``: a dense weight of it is ``[in, out]``."""
 
     name: str
     shape: LinearShape
@@ -36,6 +42,7 @@ class ModulePlan:
     reason: str
     nbytes: int
     dropped: Activation | None = None
+    transposed: bool = False
 
     @property
     def bf16_bytes(self) -> int:
@@ -52,7 +59,7 @@ class ModulePlan:
 class LoadPlan:
     """Everything that is known before weights are read. ``config`` is Transformers', without its quantization part;
     ``other_bytes`` are the loaded bytes of everything that is no linear layer, ``unmatched`` the entries of the
-    quantization configuration that name no module of the model and none of the file."""
+    quantization configuration that name no module of the model and none of the file, ``remarks`` what people should know."""
 
     checkpoint: Checkpoint
     config: Any
@@ -65,6 +72,7 @@ class LoadPlan:
     other_bytes: int
     account: Account
     unmatched: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LoadPlan:
         return self  # Transformers copies the configuration that carries the plan; nobody writes to it
@@ -72,6 +80,11 @@ class LoadPlan:
     @property
     def quantized(self) -> list[ModulePlan]:
         return [module for module in self.modules.values() if module.scheme is not None]
+
+    @property
+    def on_load(self) -> bool:
+        """The checkpoint is dense and quantized while it loads."""
+        return isinstance(self.method, OnLoad)
 
     @property
     def weight_bytes(self) -> int:
@@ -87,10 +100,13 @@ class LoadPlan:
     @property
     def peak_bytes(self) -> int:
         """Largest memory during loading: everything as stored and, beside it, the layer that is being repacked, whose
-        codes take a byte each while they change order."""
+        codes take a byte each while they change order. Quantized while loading: everything as it is in the end, and one
+        layer."""
+        largest = max((module.bf16_bytes for module in self.quantized), default=0)
+        if self.on_load:
+            return self.weight_bytes + largest * self.dtype.itemsize // 2 + WORKING_BYTES
         stored = sum(tensor_bytes(spec) for module in self.quantized for spec in module.stored.values())
         dense = self.weight_bytes - sum(module.nbytes for module in self.quantized)
-        largest = max((module.bf16_bytes for module in self.quantized), default=0)
         return stored + dense + largest
 
     def require_complete(self) -> None:
@@ -115,14 +131,16 @@ def make_plan(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     quantization: str | None = None,
+    quantization_config: Mapping[str, Any] | None = None,
     kernel: str | None = None,
     weight_only: bool | None = None,
     trust_remote_code: bool = False,
 ) -> LoadPlan:
     """The plan for a checkpoint on a device.
 
-    ``quantization`` confirms the checkpoint's format, ``kernel`` chooses the kernel; neither affects the other. ``weight_only``
-    true leaves the inputs of layers alone where the checkpoint wants them quantized, false never does; ``None`` does
+    ``quantization`` confirms the format of a quantized checkpoint; with the options in ``quantization_config`` it says what a
+    dense one is quantized to. ``kernel`` chooses the kernel; neither affects the other. ``weight_only`` true leaves the
+    inputs of layers alone where the checkpoint wants them quantized, false never does; ``None`` does
     what the format's own library does on this device. Raises :class:`LoadError`; tensors without owner or source are
     left to :meth:`LoadPlan.require_complete`.
     """
@@ -132,7 +150,7 @@ def make_plan(
     model = build_meta_model(config, precision, trust_remote_code)
     headers = rename_headers(checkpoint, model)
     try:
-        method = _resolve_method(checkpoint, headers.tensors, quantization)
+        method = resolve_method(checkpoint, headers.tensors, model, precision, quantization, quantization_config)
         if kernel is not None and method is None:
             kernels.create(kernel)
             raise NoKernel(
@@ -141,22 +159,19 @@ def make_plan(
         modules = _plan_linears(model, method, headers.tensors, place, precision, kernel, weight_only)
     except QuantError as error:
         raise LoadError(f"{checkpoint.folder}: {error}") from error
-    quantized = {name: {*module.stored, "bias"} for name, module in modules.items() if module.scheme is not None}
+    on_load = isinstance(method, OnLoad)
+    quantized = {
+        name: {*module.stored, "bias"} for name, module in modules.items() if module.scheme is not None and not on_load
+    }
     account = balance(checkpoint, model, headers, quantized, method.ignored if method else lambda name: None)
     other = _other_bytes(model, modules, precision)
     stored = {name.rpartition(".")[0] for name in (*headers.tensors, *headers.merged)}
     names = {name for name, _ in model.named_modules()} | stored
     unmatched = tuple(method.unmatched(names - {""})) if method else ()
+    remarks = unquantized_experts(model) if on_load else ()
     return LoadPlan(
-        checkpoint, config, precision, note, place, trust_remote_code, method, modules, other, account, unmatched
+        checkpoint, config, precision, note, place, trust_remote_code, method, modules, other, account, unmatched, remarks
     )  # fmt: skip
-
-
-def _resolve_method(checkpoint: Checkpoint, headers: Mapping[str, TensorSpec], asked: str | None) -> QuantMethod | None:
-    if checkpoint.quantization is None:
-        registry.confirm(None, asked)
-        return None
-    return registry.resolve(checkpoint.quantization, headers, asked)
 
 
 def _plan_linears(
@@ -168,18 +183,25 @@ def _plan_linears(
     asked: str | None,
     weight_only: bool | None,
 ) -> dict[str, ModulePlan]:
-    """A plan for every ``nn.Linear``; subclasses are left alone, their forward does something else."""
+    """A plan for every ``nn.Linear`` and ``Conv1D``, and for embeddings that are stored quantized."""
     tied = getattr(model, "all_tied_weights_keys", {})
     plans: dict[str, ModulePlan] = {}
     executes = method is None or method.executes_inputs_on is None or device.type in method.executes_inputs_on
     left_alone = not executes if weight_only is None else weight_only
     for name, module in model.named_modules():
-        if type(module) is not nn.Linear:
+        shape = linear_shape(module)
+        if shape is None:
             continue
-        shape = LinearShape(module.in_features, module.out_features, module.bias is not None)
         scheme = method.scheme_for(name, shape) if method else None
+        if shape.lookup and scheme is None:
+            continue
         if scheme is None or method is None:
             shares = f"{name}.weight" in tied
+            source = tied.get(f"{name}.weight", "").removesuffix(".weight")
+            if source in plans and plans[source].shape.lookup:
+                shares = False
+                if f"{name}.weight" not in headers:
+                    refuse_shared(name, source)
             size = 0 if shares else shape.in_features * shape.out_features * dtype.itemsize
             reason = method.dense_reason(name) if method else "the checkpoint is not quantized"
             reason = f"shares the weight of {tied[f'{name}.weight']}" if shares else reason
@@ -194,17 +216,18 @@ def _plan_linears(
         if dropped is not None:
             scheme = replace(scheme, activation=None)
         stored = method.tensors(name, shape)
-        for local, expected in stored.items():
+        for local, expected in stored.items() if not isinstance(method, OnLoad) else ():
             check_stored(f"{name}.{local}", headers.get(f"{name}.{local}"), expected)
         try:
-            choice = kernels.choose(scheme, shape, device, asked)
+            choice = lookup(scheme, shape, device) if shape.lookup else kernels.choose(scheme, shape, device, asked)
         except NoKernel as error:
             raise NoKernel(f"{name}: {error}") from error
         refusals = [f"{other} refused: {why}" for other, why in choice.refusals.items()]
-        reason = "; ".join([choice.kernel.summary, *refusals])
+        remarks = [remark] if isinstance(method, OnLoad) and (remark := method.remark(shape)) else []
+        reason = "; ".join([choice.kernel.summary, *remarks, *refusals])
         scale = next((spec.dtype for local, spec in stored.items() if "scale" in local or local == "s"), torch.float32)
-        size = canonical_bytes(scheme, shape, scale)
-        plans[name] = ModulePlan(name, shape, stored, scheme, choice, reason, size, dropped)
+        size = canonical_bytes(scheme, shape, method.scale_dtype if isinstance(method, OnLoad) else scale)
+        plans[name] = ModulePlan(name, shape, stored, scheme, choice, reason, size, dropped, stored_transposed(module))
     if method and not any(plan.scheme for plan in plans.values()):
         raise LoadError(
             f"quantization_config says {method.summary}, but no linear layer of {type(model).__name__} is stored so. "

@@ -23,7 +23,11 @@ def load_report(loaded: LoadedModel) -> str:
     """Format, bits, group, kernel and why, bytes against bf16, one aligned line each."""
     plan = loaded.plan
     lines = plan_lines(plan)
-    lines.append(("load", f"{loaded.seconds:.1f} s, peak resident {format_bytes(loaded.peak_rss)}"))
+    peak = f"{loaded.seconds:.1f} s, peak resident {format_bytes(loaded.peak_rss)}"
+    if loaded.peak_growth is not None:
+        predicted = f", {format_bytes(plan.peak_bytes)} predicted" if plan.on_load else ""
+        peak += f"; loading took {format_bytes(loaded.peak_growth)} at its peak, without pages of files{predicted}"
+    lines.append(("load", peak))
     return aligned(lines)
 
 
@@ -54,17 +58,19 @@ def plan_lines(plan: LoadPlan) -> list[tuple[str, str]]:
     weights, bf16 = plan.weight_bytes, plan.bf16_bytes
     saved = f", {100 * weights / bf16:.0f} % of the {format_bytes(bf16)} in bf16" if plan.quantized else ""
     dtype = _dtype(plan.dtype) + (f" ({plan.dtype_note})" if plan.dtype_note else "")
+    source = plan.checkpoint.quantization_source or "the checkpoint is dense"
     lines = [
         ("model", f"{plan.checkpoint.name} ({plan.config.model_type}), {dtype} on {plan.device}"),
         (
             "format",
-            f"{plan.method.summary} ({plan.checkpoint.quantization_source})" if plan.method else "not quantized",
+            f"{plan.method.summary} ({source})" if plan.method else "not quantized",
         ),
         ("weights", f"{format_bytes(weights)}{saved}"),
     ]
     for (kernel, reason), count in Counter((m.kernel, m.reason) for m in plan.quantized).items():
         lines.append(("kernel", f"{kernel} for {count} linear layers ({reason})"))
     lines += _input_lines(plan)
+    lines += [("remark", remark) for remark in plan.remarks]
     if plan.unmatched:
         count = len(plan.unmatched)
         lines.append(("unmatched", f"{count} entries of the configuration name no module: {some(plan.unmatched)}"))
@@ -100,6 +106,7 @@ def inspect_text(plan: LoadPlan, attention: Sequence[tuple[str, str]]) -> str:
     lines = [
         *plan_lines(plan)[:3],
         *_input_lines(plan),
+        *(("remark", remark) for remark in plan.remarks),
         *attention,
         ("load peak", f"{format_bytes(plan.peak_bytes)} predicted"),
     ]
@@ -140,6 +147,7 @@ def inspect_data(plan: LoadPlan, attention: Sequence[tuple[str, str]]) -> dict[s
             }
             for module in plan.modules.values()
         ],
+        "remarks": list(plan.remarks),
         "unmatched": list(plan.unmatched),
         "ignored": dict(plan.account.ignored),
         "unclaimed": list(plan.account.unclaimed),
@@ -154,15 +162,14 @@ def _dtype(dtype: torch.dtype) -> str:
 def _input_lines(plan: LoadPlan) -> list[tuple[str, str]]:
     """Which linear layers quantize their inputs, and which would if they were run as the checkpoint says."""
     lines = []
+    says = "the method does" if plan.on_load else "the checkpoint says"
     for (executed, dropped), count in Counter(
         (m.scheme.activation, m.dropped) for m in plan.quantized if m.scheme
     ).items():
         if executed:
-            lines.append(("inputs", f"of {count} linear layers quantized, as the checkpoint says: {executed}"))
+            lines.append(("inputs", f"of {count} linear layers quantized, as {says}: {executed}"))
         if dropped:
-            lines.append(
-                ("inputs", f"of {count} linear layers left alone (weight only); the checkpoint says: {dropped}")
-            )
+            lines.append(("inputs", f"of {count} linear layers left alone (weight only); {says}: {dropped}"))
     return lines
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 COLUMN_OF_NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -49,11 +50,14 @@ def write_awq(model: nn.Module, folder: Path, group: int = 32, dense: tuple[str,
     model.save_pretrained(folder)  # renames parameters to their names on disk
     stored = _load(folder)
     for name, module in model.named_modules():
-        fits = type(module) is nn.Linear and module.in_features % group == 0 and module.out_features % 8 == 0
-        if not fits or name in dense or f"{name}.weight" not in stored:
+        if type(module) not in (nn.Linear, Conv1D) or name in dense or f"{name}.weight" not in stored:
             continue
-        tensors, values = quantize(module.weight.data, group)
-        module.weight.data = values
+        turned = type(module) is Conv1D
+        weight = module.weight.data.t() if turned else module.weight.data
+        if weight.shape[1] % group or weight.shape[0] % 8:
+            continue
+        tensors, values = quantize(weight, group)
+        module.weight.data = values.t() if turned else values
         del stored[f"{name}.weight"]
         stored |= {f"{name}.{local}": tensor for local, tensor in tensors.items()}
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})

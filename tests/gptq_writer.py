@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from tests.packers import pack_rows
 
@@ -47,9 +48,11 @@ def write_gptq(
     model.save_pretrained(folder)
     stored = load_file(folder / "model.safetensors")
     for name, module in model.named_modules():
-        if type(module) is not nn.Linear or name in dense or f"{name}.weight" not in stored:
+        if type(module) not in (nn.Linear, Conv1D) or name in dense or f"{name}.weight" not in stored:
             continue
-        tensors, module.weight.data = quantize(module.weight.data, bits, group, act_order)
+        turned = type(module) is Conv1D  # GPTQModel turns its weight to [out, in] first
+        tensors, values = quantize(module.weight.data.t() if turned else module.weight.data, bits, group, act_order)
+        module.weight.data = values.t() if turned else values
         del stored[f"{name}.weight"]
         stored |= {f"{name}.{local}": tensor for local, tensor in tensors.items()}
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})

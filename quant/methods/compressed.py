@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from quant import matching
 from quant.base import (
     BadCheckpoint,
     LinearShape,
@@ -79,7 +80,7 @@ class CompressedTensors(QuantMethod):
         codes = self._codes(layer)
         if codes is None:
             return None
-        group = self._group(layer, codes)
+        group = self._group(layer, codes, matching.EMBEDDING_CLASSES if shape.lookup else matching.LINEAR_CLASSES)
         self._check_presence(layer, codes, group)
         kind = group.weights.kind
         return Scheme(
@@ -88,7 +89,7 @@ class CompressedTensors(QuantMethod):
             zero_point=kind.is_integer and self._has(layer, "weight_zero_point"),
             act_order=self._has(layer, "weight_g_idx"),
             global_scale=self._has(layer, "weight_global_scale"),
-            activation=group.inputs,
+            activation=None if shape.lookup else group.inputs,
         )
 
     def dense_reason(self, layer: str) -> str:
@@ -157,14 +158,14 @@ class CompressedTensors(QuantMethod):
             )
         return None
 
-    def _group(self, layer: str, codes: str) -> Group:
+    def _group(self, layer: str, codes: str, classes: tuple[str, ...]) -> Group:
         """What the configuration says about a layer that is stored quantized."""
-        if entry := self.config.ignored(layer):
+        if entry := self.config.ignored(layer, classes):
             raise BadCheckpoint(
                 f"{layer}: {codes} is stored quantized, but ignore lists {entry!r}. "
                 "Remove the entry from quantization_config, or the file is not the one that the config describes."
             )
-        group = self.config.group_of(layer)
+        group = self.config.group_of(layer, classes)
         if group is None:
             raise BadCheckpoint(
                 f"{layer}: {codes} is stored quantized, but no target in quantization_config: config_groups means this layer."

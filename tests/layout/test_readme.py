@@ -54,5 +54,5 @@ def test_flags_in_readme_are_known() -> None:
     parser = build_parser()
     known = {flag for action in parser._every_action() for flag in action.option_strings}
     for block in re.findall(r"```(?:bash|console)\n(.*?)```", README, re.DOTALL):
-        for flag in re.findall(r"(?<!\S)(--[a-z-]+)", block):
+        for flag in re.findall(r"(?<!\S)(--[a-z0-9-]+)", block):
             assert flag in known, flag

@@ -34,7 +34,9 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("architecture", ["llama-tied-rope3", "qwen3", "phi3", "gemma2", "stablelm", "opt", "gpt_neox"])
+@pytest.mark.parametrize(
+    "architecture", ["llama-tied-rope3", "qwen3", "phi3", "gemma2", "stablelm", "opt", "gpt_neox", "gpt2"]
+)
 def test_models_and_shapes_of_every_kind(architecture: str, bits: int, tmp_path: Path) -> None:
     """Fused projections, tied embeddings, biases; 32 and 48 inputs in groups of 20, the last one cut short, shuffled."""
     model = tiny_model(architecture)
