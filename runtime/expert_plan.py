@@ -25,9 +25,11 @@ from runtime.naming import Naming
 STACKED = ("blocks", "scales")
 """Tensors of all experts in one, ``gate_up_proj_blocks`` and the like: gpt-oss' MXFP4."""
 
+EXPERT = re.compile(r"\.(\d+)\.([^.]+)\.")
+"""Number and projection in the name of an expert's tensor."""
 
-WEIGHTS = ("weight", "bias")
-"""Local names of a dense layer's tensors."""
+SOURCE = re.compile(r".*experts\\?\.\*\\?\.(\w+)\\?\.weight")
+"""A rule's pattern for one matrix of every expert."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,11 @@ class ExpertPlan:
 
     def take_apart(self, model: nn.Module) -> None:
         """Replace the experts of a model, on the meta device, by linear layers of their own."""
-        for name, projections in self.modules.items():
-            set_module(model, name, QuantExperts(model.get_submodule(name), projections))
+        from transformers.initialization import no_init_weights
+
+        with no_init_weights():  # thousands of linears draw random numbers, slow even on the meta device
+            for name, projections in self.modules.items():
+                set_module(model, name, QuantExperts(model.get_submodule(name), projections))
 
     def conversions(self, mapping: Iterable[Any]) -> list[Any]:
         """Transformers' conversions without those that merge these experts, and with those that split stacks."""
@@ -60,7 +65,7 @@ class ExpertPlan:
 
     def layer_of(self, tensor: str) -> str | None:
         """The expert's linear layer that a tensor of the tree belongs to."""
-        for found in _EXPERT.finditer(tensor):
+        for found in EXPERT.finditer(tensor):
             projections = self.modules.get(tensor[: found.start()])
             if projections and found[2] in projections.names:
                 return tensor[: found.end() - 1]
@@ -72,10 +77,6 @@ class ExpertPlan:
             for module, projections in self.modules.items()
             for name in projections.names
         )
-
-
-_EXPERT = re.compile(r"\.(\d+)\.([^.]+)\.")
-"""Number and projection in the name of an expert's tensor."""
 
 
 def plan_experts(checkpoint: Checkpoint, model: nn.Module) -> ExpertPlan:
@@ -96,10 +97,12 @@ def plan_experts(checkpoint: Checkpoint, model: nn.Module) -> ExpertPlan:
     modules: dict[str, Projections] = {}
     stacks: dict[str, tuple[str, ...]] = {}
     for stored, spec in checkpoint.tensors.items():
-        owner, local = _split(naming.rename(stored)[0], owners)
-        if owner is None or spec.dtype in DENSE_DTYPES:  # every format keeps its codes in a dtype of another kind
+        if spec.dtype in DENSE_DTYPES:  # every quantized matrix has a tensor of another kind
             continue
-        module, expert = owners[owner], _EXPERT.match(f".{local}")
+        owner, local = _split(naming.rename(stored)[0], owners)
+        if owner is None:
+            continue
+        module, expert = owners[owner], EXPERT.match(f".{local}")
         parameter, _, part = local.rpartition("_")
         if expert and owner in single and expert[2] in single[owner].names:
             one_by_one = True
@@ -142,17 +145,13 @@ def _merged_names(parameter: str, mapping: Iterable[Any]) -> list[str]:
 
     module = parameter.rpartition(".")[0]
     for rule in (entry for entry in mapping if isinstance(entry, WeightConverter)):
-        names = [found[1] for source in rule.source_patterns if (found := _SOURCE.fullmatch(source))]
+        names = [found[1] for source in rule.source_patterns if (found := SOURCE.fullmatch(source))]
         stacks = isinstance(rule.operations[0], MergeModulelist) and rule.operations[0].dim == 0
         joins = all(isinstance(step, Concatenate) and step.dim == 1 for step in rule.operations[1:])
         made = {rule.rename_source_key(f"{module}.0.{name}.weight")[0] for name in names}
         if made == {parameter} and stacks and joins and len(names) == len(rule.source_patterns):
             return names
     return []
-
-
-_SOURCE = re.compile(r".*experts\\?\.\*\\?\.(\w+)\\?\.weight")
-"""A rule's pattern for one matrix of every expert."""
 
 
 def _parts(stored: str, spec: TensorSpec, pattern: str, experts: Any) -> tuple[str, ...]:
@@ -166,7 +165,7 @@ def _refusal(stored: str, spec: TensorSpec, owner: str, experts: nn.Module, know
     names = [f"{owner}.N.{name}" for name in known.names] if known else []
     if keeps_contract(experts):
         names += [f"{owner}.{inward_parameter(experts)}_blocks and _scales", f"{owner}.down_proj_blocks and _scales"]
-    readable = f"Read are {', '.join(names)}." if names else "No layout of these experts is read."
+    readable = f"What is read: {', '.join(names)}." if names else "No layout of these experts is read."
     return LoadError(
         f"{stored} is {spec}: experts ({owner}, {type(experts).__name__}) are stored quantized in a layout that is not "
         f"supported. {readable} Use a copy of the model whose experts are dense, or quantized each by itself."

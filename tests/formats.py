@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests import moe_writer
+from tests.families import FAMILIES
+from tests.moe_writer import MODELS
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINTS = ROOT / "tests" / "checkpoints"
@@ -141,8 +142,8 @@ def table() -> str:
         cpu = "C kernel, reference" if case.native else "reference"
         writer = f"{case.writer}, weights" if case.tolerance is None or case.logits else case.writer
         rows.append(f"| {case.family} | {case.variant} | {writer} | {cpu} | reference, not tested |")
-    families = ", ".join(family.title for family in moe_writer.FAMILIES.values())
-    models = ", ".join(moe_writer.MODELS)
+    families = ", ".join(family.title for family in FAMILIES.values())
+    models = ", ".join(MODELS)
     for name, variant in ((f"experts, each by itself ({models})", families), ("experts, stacked (gpt_oss)", "mxfp4")):
         cpu = "C kernel, reference" if "AWQ" in variant else "reference"
         rows.append(f"| {name} | {variant} | Transformers, dequantized weights | {cpu} | reference, not tested |")

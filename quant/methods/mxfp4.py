@@ -8,7 +8,7 @@ Source: Transformers 5.23 ``integrations/mxfp4.py`` (``convert_moe_packed_tensor
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -18,24 +18,24 @@ from torch import Tensor
 from quant import matching
 from quant.base import BadCheckpoint, LinearShape, QuantMethod, QuantWeight, Scheme, TensorSpec, WeightKind
 from quant.float8 import canonical_scale
-from quant.methods.selection import names_in
+from quant.methods.selection import method_of
+from quant.methods.skip_list import SkipList
 
 BLOCK = 32
-SKIPPED = "modules_to_not_convert"
 
 
 @dataclass(frozen=True)
 class MXFP4(QuantMethod):
-    skipped: tuple[str, ...]
+    skipped: SkipList
     headers: Mapping[str, TensorSpec]
 
     name: ClassVar[str] = "mxfp4"
 
     @classmethod
     def from_checkpoint(cls, config: Mapping[str, Any], headers: Mapping[str, TensorSpec]) -> Self | None:
-        if str(config.get("quant_method", "")).lower() != cls.name:
+        if method_of(config) != cls.name:
             return None
-        return cls(names_in(config, SKIPPED), headers)
+        return cls(SkipList.of(config, ("modules_to_not_convert",), matching.transformers), headers)
 
     @property
     def summary(self) -> str:
@@ -50,17 +50,14 @@ class MXFP4(QuantMethod):
             raise BadCheckpoint(f"{layer}: {found[0]} is there but {other} is missing. The file is damaged.")
         if shape.in_features % BLOCK:
             raise BadCheckpoint(f"{layer}: {shape.in_features} inputs do not divide into MXFP4's blocks of {BLOCK}.")
-        if entry := matching.first(self.skipped, layer, matching.components):
-            raise BadCheckpoint(
-                f"{layer}: blocks and scales are stored, but {SKIPPED} lists {entry!r}. "
-                "Remove the entry from quantization_config, or the file is not the one that the config describes."
-            )
+        self.skipped.require_absent(layer)
         return Scheme(WeightKind.E2M1, (1, BLOCK))
 
     def dense_reason(self, layer: str) -> str:
-        if entry := matching.first(self.skipped, layer, matching.transformers):
-            return f"named in {SKIPPED} ({entry!r})"
-        return "stored dense: no blocks and scales for it"
+        return self.skipped.naming(layer) or "stored dense: no blocks and scales for it"
+
+    def unmatched(self, layers: Iterable[str]) -> list[str]:
+        return self.skipped.unmatched(layers)
 
     def tensors(self, layer: str, shape: LinearShape) -> dict[str, TensorSpec]:
         blocks = (1, shape.out_features, shape.in_features // BLOCK)
