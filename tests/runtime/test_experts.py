@@ -22,6 +22,7 @@ from runtime import LLM, SamplingParams, inspect, load_model
 from runtime.checkpoint import Checkpoint
 from runtime.loader import load
 from runtime.plan import make_plan
+from runtime.verify import verify
 from tests.families import FAMILIES
 from tests.moe_writer import MODELS, SIZES, dense_twin, moe_model, write_moe, write_mxfp4
 from tests.tiny_models import VOCABULARY, tiny_model
@@ -197,6 +198,18 @@ def test_the_report_has_a_row_a_projection_and_the_right_bytes(tmp_path: Path, s
         held = sum(weight.nbytes for weight in weights if weight)
         assert plan.weight_bytes == held + sum(tensor.nbytes for tensor in model.state_dict().values())
         assert plan.weight_bytes < plan.peak_bytes < 2 * plan.weight_bytes
+
+
+def test_verify_reads_experts_and_names_a_damaged_one(tmp_path: Path, stacked: Path) -> None:
+    for folder in (written("mixtral", tmp_path, "awq"), stacked):
+        found = verify(folder, against_transformers=True, tokens=24)
+        assert found.passed, str(found)
+        assert found.comparison
+        assert any(".experts.3." in name for name in found.comparison.linears)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.1.block_sparse_moe.experts.2.w3.scales"][0, 0] = float("nan")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert "model.layers.1.mlp.experts.2.w3.scales: 1 of" in verify(tmp_path).damage[0]
 
 
 def edit_quantization(folder: Path, **changes: Any) -> None:
