@@ -10,7 +10,6 @@ ORIGINAL = "Use the original model, or an AWQ or GPTQ copy of it."
 
 REFUSED = {
     "gguf": "GGUF is not supported, by design. Use the original repository of the model.",
-    "mxfp4": f"MXFP4 holds only the experts of a mixture, and those are not replaced yet. {ORIGINAL}",
     "torchao": f"torchao stores pickled or versioned tensor subclasses, not a format of its own. {ORIGINAL}",
     "hqq": f"HQQ has packings and float zero points of its own. {INTEGERS}",
     "quanto": f"quanto's layout is private to optimum-quanto, and Transformers does not save it. {INTEGERS}",

@@ -22,6 +22,7 @@ BUILT_IN = {
     "fp8": "quant.methods.fp8:FP8",
     "gptq": "quant.methods.gptq:GPTQ",
     "modelopt": "quant.methods.modelopt:ModelOpt",
+    "mxfp4": "quant.methods.mxfp4:MXFP4",
 }
 ALIASES = {
     "auto_round": "auto-round",

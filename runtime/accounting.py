@@ -1,8 +1,4 @@
-"""Every stored tensor has an owner and every parameter a source, or loading is refused.
-
-Names on disk are not always names in the tree: Transformers renames some and merges others on load. The same rules are
-applied to the headers here, before any weight is read.
-"""
+"""Every stored tensor has an owner and every parameter a source, or loading is refused, before any weight is read."""
 
 from __future__ import annotations
 
@@ -18,6 +14,7 @@ from torch import nn
 from quant.base import TensorSpec
 from runtime.checkpoint import Checkpoint
 from runtime.errors import LoadError
+from runtime.naming import Headers
 
 DENSE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -29,58 +26,12 @@ IGNORED_TENSORS = {
 
 
 @dataclass(frozen=True)
-class Headers:
-    """``tensors``: what is stored, under the names of the model's tree. ``merged``: stored names that Transformers stacks
-    into one parameter (each expert's matrix, say) -> the name of that parameter. ``sources``: the name in the model's
-    tree -> the name in the file."""
-
-    tensors: Mapping[str, TensorSpec]
-    merged: Mapping[str, str]
-    sources: Mapping[str, str]
-
-
-@dataclass(frozen=True)
 class Account:
     """``ignored``: stored but not needed -> why. ``unclaimed``: stored, without owner. ``missing``: without source."""
 
     ignored: Mapping[str, str]
     unclaimed: tuple[str, ...]
     missing: tuple[str, ...]
-
-
-def rename_headers(checkpoint: Checkpoint, model: nn.Module) -> Headers:
-    """The stored tensors under the names that they will have in ``model`` (on the meta device, nothing swapped yet)."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    prefix, state = str(model.base_model_prefix), model.state_dict()
-    modules = {name for name, _ in model.named_modules()}
-    tensors: dict[str, TensorSpec] = {}
-    merged: dict[str, str] = {}
-    sources: dict[str, str] = {}
-    for stored, spec in checkpoint.tensors.items():
-        name, converted = rename_source_key(stored, renamings, converters, prefix, state)
-        if converted is not None:
-            merged[stored] = name
-            continue
-        # Transformers adds or strips the base prefix only for names of the state dict, where qweight and the like are not.
-        place = _in_tree(name, modules, prefix)
-        tensors[place], sources[place] = spec, stored
-    return Headers(tensors, merged, sources)
-
-
-def _in_tree(name: str, modules: Collection[str], prefix: str) -> str:
-    """The name with the base prefix that its module has in the tree. What follows the module may have dots of its own:
-    bitsandbytes stores ``weight.absmax``."""
-    for place in (place for place in reversed(range(len(name))) if name[place] == "."):
-        module, local = name[:place], name[place + 1 :]
-        for candidate in (module, f"{prefix}.{module}", module.removeprefix(f"{prefix}.")):
-            if candidate in modules:
-                return f"{candidate}.{local}" if candidate else local
-    return name
 
 
 def balance(
@@ -116,6 +67,8 @@ def balance(
         if target in state:
             _check_codes(stored, checkpoint.tensors[stored], state[target])
             parts.setdefault(target, []).append(stored)
+        elif reason := _ignorable(target, model):
+            ignored[stored] = reason
         else:
             unclaimed.append(stored)
     for target, sources in parts.items():

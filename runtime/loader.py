@@ -60,6 +60,7 @@ class PlannedQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
         plan: LoadPlan = self.quantization_config.plan
+        plan.experts.take_apart(model)
         # Our own report names what was left out and why; Transformers' need not warn of it again.
         unexpected = [rf"^{re.escape(name)}$" for name in plan.account.ignored]
         known = model._keys_to_ignore_on_load_unexpected or ()
@@ -106,6 +107,10 @@ class PlannedQuantizer(HfQuantizer):
     @property
     def quantized_element_size(self) -> float | None:
         return self.streaming.bytes_per_weight if self.streaming else None
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        conversions = self.quantization_config.plan.experts.conversions(weight_conversions)
+        return list(super().update_weight_conversions(conversions, model))
 
     def get_weight_conversions(self) -> list[Any]:
         """Stored names that no buffer can have."""

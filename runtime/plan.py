@@ -18,9 +18,11 @@ from quant import kernels
 from quant.base import Activation, LinearShape, NoKernel, QuantError, QuantMethod, Scheme, TensorSpec, canonical_bytes
 from quant.embedding import lookup
 from quant.onload.base import OnLoad
-from runtime.accounting import DENSE_DTYPES, Account, balance, check_stored, rename_headers
+from runtime.accounting import DENSE_DTYPES, Account, balance, check_stored
 from runtime.checkpoint import Checkpoint, tensor_bytes
 from runtime.errors import LoadError, some
+from runtime.expert_plan import ExpertPlan, plan_experts
+from runtime.naming import Headers, rename_headers
 from runtime.quantization import linear_shape, refuse_shared, resolve_method, stored_transposed, unquantized_experts
 from runtime.skeleton import build_meta_model, read_model_config, resolve_device, resolve_dtype
 
@@ -68,6 +70,7 @@ class LoadPlan:
     device: torch.device
     trust_remote_code: bool
     method: QuantMethod | None
+    experts: ExpertPlan
     modules: Mapping[str, ModulePlan]
     other_bytes: int
     account: Account
@@ -148,15 +151,18 @@ def make_plan(
     config = read_model_config(checkpoint, trust_remote_code)
     precision, note = resolve_dtype(dtype, checkpoint, place)
     model = build_meta_model(config, precision, trust_remote_code)
-    headers = rename_headers(checkpoint, model)
+    experts = plan_experts(checkpoint, model)
+    experts.take_apart(model)
+    headers = rename_headers(checkpoint, model, experts)
     try:
-        method = resolve_method(checkpoint, headers.tensors, model, precision, quantization, quantization_config)
+        named = {**headers.tensors, **headers.aliases}  # configurations name experts as the file does
+        method = resolve_method(checkpoint, named, model, precision, quantization, quantization_config)
         if kernel is not None and method is None:
             kernels.create(kernel)
             raise NoKernel(
                 f"--kernel {kernel} multiplies by quantized weights, and this checkpoint has none. Leave it out."
             )
-        modules = _plan_linears(model, method, headers.tensors, place, precision, kernel, weight_only)
+        modules = _plan_linears(model, method, headers, place, precision, kernel, weight_only)
     except QuantError as error:
         raise LoadError(f"{checkpoint.folder}: {error}") from error
     on_load = isinstance(method, OnLoad)
@@ -165,19 +171,20 @@ def make_plan(
     }
     account = balance(checkpoint, model, headers, quantized, method.ignored if method else lambda name: None)
     other = _other_bytes(model, modules, precision)
-    stored = {name.rpartition(".")[0] for name in (*headers.tensors, *headers.merged)}
+    stored = {name.rpartition(".")[0] for name in (*headers.tensors, *checkpoint.tensors)}
     names = {name for name, _ in model.named_modules()} | stored
     unmatched = tuple(method.unmatched(names - {""})) if method else ()
     remarks = unquantized_experts(model) if on_load else ()
     return LoadPlan(
-        checkpoint, config, precision, note, place, trust_remote_code, method, modules, other, account, unmatched, remarks
+        checkpoint, config, precision, note, place, trust_remote_code, method, experts, modules, other, account, unmatched,
+        remarks,
     )  # fmt: skip
 
 
 def _plan_linears(
     model: nn.Module,
     method: QuantMethod | None,
-    headers: Mapping[str, TensorSpec],
+    headers: Headers,
     device: torch.device,
     dtype: torch.dtype,
     asked: str | None,
@@ -192,7 +199,8 @@ def _plan_linears(
         shape = linear_shape(module)
         if shape is None:
             continue
-        scheme = method.scheme_for(name, shape) if method else None
+        written = headers.written.get(name, name)
+        scheme = method.scheme_for(written, shape) if method else None
         if shape.lookup and scheme is None:
             continue
         if scheme is None or method is None:
@@ -200,14 +208,14 @@ def _plan_linears(
             source = tied.get(f"{name}.weight", "").removesuffix(".weight")
             if source in plans and plans[source].shape.lookup:
                 shares = False
-                if f"{name}.weight" not in headers:
+                if f"{name}.weight" not in headers.tensors:
                     refuse_shared(name, source)
             size = 0 if shares else shape.in_features * shape.out_features * dtype.itemsize
-            reason = method.dense_reason(name) if method else "the checkpoint is not quantized"
+            reason = method.dense_reason(written) if method else "the checkpoint is not quantized"
             reason = f"shares the weight of {tied[f'{name}.weight']}" if shares else reason
             plans[name] = ModulePlan(name, shape, {}, None, None, reason, size)
             continue
-        if not shape.bias and (bias := headers.get(f"{name}.bias")):
+        if not shape.bias and (bias := headers.tensors.get(f"{name}.bias")):
             # auto-gptq stores one, mostly of zeros, for every layer; if it is not zero, it was meant.
             shape = replace(shape, bias=True)
             dtype_stored = bias.dtype if bias.dtype in DENSE_DTYPES else torch.float16
@@ -215,9 +223,9 @@ def _plan_linears(
         dropped = scheme.activation if left_alone else None
         if dropped is not None:
             scheme = replace(scheme, activation=None)
-        stored = method.tensors(name, shape)
+        stored = method.tensors(written, shape)
         for local, expected in stored.items() if not isinstance(method, OnLoad) else ():
-            check_stored(f"{name}.{local}", headers.get(f"{name}.{local}"), expected)
+            check_stored(f"{name}.{local}", headers.tensors.get(f"{name}.{local}"), expected)
         try:
             choice = lookup(scheme, shape, device) if shape.lookup else kernels.choose(scheme, shape, device, asked)
         except NoKernel as error:

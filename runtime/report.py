@@ -183,20 +183,28 @@ def _dense(plan: LoadPlan) -> dict[str, list[str]]:
 
 
 def _collapse(names: Sequence[str]) -> str:
-    """``a.0.b, a.1.b, a.2.b`` -> ``a.{0-2}.b``; several patterns are joined with commas."""
-    patterns: dict[str, list[str]] = {}
-    for name in names:
-        patterns.setdefault(re.sub(r"\d+", "{}", name, count=1), []).append(name)
-    shown = []
-    for pattern, members in patterns.items():
-        numbers = [int(found[0]) for name in members if (found := re.search(r"\d+", name))]
-        if len(members) == 1:
-            shown.append(members[0])
-        elif len(numbers) == max(numbers) - min(numbers) + 1:
-            shown.append(pattern.replace("{}", f"{{{min(numbers)}-{max(numbers)}}}"))
-        else:
-            shown.append(pattern.replace("{}", f"{{{','.join(map(str, numbers))}}}"))
-    return ", ".join(shown)
+    """``a.0.b, a.1.b, a.2.b`` -> ``a.{0-2}.b``, every number by itself; several patterns are joined with commas."""
+    shown = [tuple(re.split(r"(\d+)", name)) for name in dict.fromkeys(names)]  # text and number in turn
+    for place in range(1, max(map(len, shown), default=0), 2):
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for parts in shown:
+            rest = (*parts[:place], "", *parts[place + 1 :])
+            groups.setdefault(rest, []).extend(parts[place : place + 1])
+        shown = [
+            (*rest[:place], _numbers(found), *rest[place + 1 :]) if found else rest[:-1]
+            for rest, found in groups.items()
+        ]
+    return ", ".join("".join(parts) for parts in shown)
+
+
+def _numbers(found: Sequence[str]) -> str:
+    """``0, 1, 2`` -> ``{0-2}``; one alone as it is."""
+    numbers = [int(number) for number in found]
+    if len(numbers) == 1:
+        return found[0]
+    if len(numbers) == max(numbers) - min(numbers) + 1:
+        return f"{{{min(numbers)}-{max(numbers)}}}"
+    return f"{{{','.join(found)}}}"
 
 
 def aligned(lines: Sequence[tuple[str, str]]) -> str:

@@ -12,35 +12,37 @@ from safetensors import safe_open
 from torch import Tensor
 
 from quant.base import QuantError, QuantWeight
-from runtime.accounting import rename_headers
 from runtime.errors import LoadError
+from runtime.naming import Headers, rename_headers
 from runtime.plan import LoadPlan, ModulePlan
 from runtime.skeleton import build_meta_model
 
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """``sources``: a tensor's name in the model's tree -> its name in the file; ``files``: that name -> the file."""
+    """``headers``: what is stored, and its name in the file; ``files``: that name -> the file."""
 
     plan: LoadPlan
-    sources: Mapping[str, str]
+    headers: Headers
     files: Mapping[str, Path]
 
     @classmethod
     def of(cls, plan: LoadPlan) -> Self:
         """Where everything is that a plan will read."""
         model = build_meta_model(plan.config, plan.dtype, plan.trust_remote_code)
+        plan.experts.take_apart(model)
         files: dict[str, Path] = {}
         for path in plan.checkpoint.files:
             with safe_open(path, "pt") as file:
                 files |= dict.fromkeys(file.keys(), path)
-        return cls(plan, rename_headers(plan.checkpoint, model).sources, files)
+        return cls(plan, rename_headers(plan.checkpoint, model, plan.experts), files)
 
     def tensor(self, name: str) -> Tensor:
         """The tensor that will be ``name`` in the model's tree."""
-        stored = self.sources[name]
+        stored, place = self.headers.sources[name], self.headers.places.get(name)
         with safe_open(self.files[stored], "pt") as file:
-            return file.get_tensor(stored).to(self.plan.device)
+            found: Tensor = file.get_tensor(stored) if place is None else file.get_slice(stored)[place : place + 1]
+            return found.to(self.plan.device)
 
     def quantized(self, module: ModulePlan) -> QuantWeight:
         """The canonical weight of a quantized layer. Raises :class:`LoadError` if its values cannot be."""
@@ -62,7 +64,7 @@ class StoredWeights:
         opaque = {
             f"{module.name}.{local}" for module in self.plan.quantized for local in (method.opaque if method else ())
         }
-        for name in self.sources:
+        for name in self.headers.sources:
             if name in opaque or name in self.plan.account.ignored:
                 continue
             values = self.tensor(name)

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.families import FAMILIES
+from tests.moe_writer import MODELS
+
 ROOT = Path(__file__).parents[1]
 CHECKPOINTS = ROOT / "tests" / "checkpoints"
 BEGIN, END = "<!-- formats: written by python -m tests.formats --write -->", "<!-- /formats -->"
@@ -131,6 +134,8 @@ FLOAT_CASES = [
 
 CASES = INTEGER_CASES + FLOAT_CASES
 
+CUDA = "Triton, reference; not tested"
+
 
 def table() -> str:
     """The table as Markdown: one row a case."""
@@ -138,7 +143,12 @@ def table() -> str:
     for case in CASES:
         cpu = "C kernel, reference" if case.native else "reference"
         writer = f"{case.writer}, weights" if case.tolerance is None or case.logits else case.writer
-        rows.append(f"| {case.family} | {case.variant} | {writer} | {cpu} | Triton, reference; not tested |")
+        rows.append(f"| {case.family} | {case.variant} | {writer} | {cpu} | {CUDA} |")
+    families = ", ".join(family.title for family in FAMILIES.values())
+    models = ", ".join(MODELS)
+    for name, variant in ((f"experts, each by itself ({models})", families), ("experts, stacked (gpt_oss)", "mxfp4")):
+        cpu = "C kernel, reference" if "AWQ" in variant else "reference"
+        rows.append(f"| {name} | {variant} | Transformers, dequantized weights | {cpu} | {CUDA} |")
     rows.append("| none | float32, bfloat16, float16 | Transformers | torch | torch, not tested |")
     return "\n".join(rows)
 

@@ -154,8 +154,8 @@ MUTANTS = (
     Mutant(
         "one layer planned dense",
         "runtime/plan.py",
-        "scheme = method.scheme_for(name, shape) if method else None",
-        'scheme = method.scheme_for(name, shape) if method and "1.mlp.up" not in name else None',
+        "scheme = method.scheme_for(written, shape) if method else None",
+        'scheme = method.scheme_for(written, shape) if method and "1.mlp.up" not in name else None',
         (f"{LOGITS}[autoawq--gemm-g128]",),
     ),
     Mutant(
@@ -164,6 +164,20 @@ MUTANTS = (
         "if len(sources) > 1 and values != parameter.numel():",
         "if False:",
         ("tests/runtime/test_loader.py::test_a_damaged_expert_is_found_before_weights_are_read",),
+    ),
+    Mutant(
+        "gate and up of experts swapped",
+        "quant/experts.py",
+        "for name in self.projections.inward]",
+        "for name in reversed(self.projections.inward)]",
+        ("tests/runtime/test_experts.py::test_every_architecture[mixtral]",),
+    ),
+    Mutant(
+        "the neighbour's expert",
+        "quant/experts.py",
+        "self._expert(expert, hidden",
+        "self._expert(max(expert - 1, 0), hidden",
+        ("tests/runtime/test_experts.py::test_every_architecture[mixtral]",),
     ),
     Mutant(
         "stored tensors without owner let through",

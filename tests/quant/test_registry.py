@@ -25,7 +25,7 @@ def test_no_known_format_is_refused() -> None:
 def test_a_name_that_nobody_knows() -> None:
     with pytest.raises(
         UnsupportedCheckpoint,
-        match=r"'new' is not supported; known: auto-round, awq, bitsandbytes, compressed-tensors, fp8, gptq, modelopt\.",
+        match=r"'new' is not supported; known: auto-round, awq, bitsandbytes, compressed-tensors, fp8, gptq, modelopt, mxfp4\.",
     ):
         registry.resolve({"quant_method": "new"}, {})
 
