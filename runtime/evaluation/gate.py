@@ -24,6 +24,8 @@ TOLERANCE = 0.02
 """By default, of each number's own scale. Between AVX2 and AVX-512 machines, bfloat16 moves a mean KL by less."""
 FEW_TOKENS = 3
 """Top tokens that may tip on a close decision."""
+ONE_TOKEN = 5
+"""How much more a number may move that a single token decides, the 99 % quantile."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Finding:
 
     def __str__(self) -> str:
         return (
-            f"{self.name:<16} {self.baseline:>12.6g} -> {self.found:>12.6g}  "
+            f"{self.name:<23} {self.baseline:>12.6g} -> {self.found:>12.6g}  "
             f"(± {self.allowed:.2g} allowed)  {self.verdict}"
         )
 
@@ -104,8 +106,9 @@ def judge(comparison: Comparison, baseline: dict[str, Any]) -> GateResult:
     tipped = FEW_TOKENS / comparison.tokens
     scales = {
         "mean_kl": was["mean_kl"],
-        "kl_99": was["kl_99"],
+        "kl_99": ONE_TOKEN * was["kl_99"],
         "rms_delta_p": was["rms_delta_p"],
+        "reference_bits_per_byte": was["reference_bits_per_byte"],
         "log_ppl_ratio": max(abs(was["log_ppl_ratio"]), was["mean_kl"]),
     }
     findings = [Finding(name, was[name], now[name], tolerance * scale) for name, scale in scales.items()]

@@ -41,7 +41,7 @@ def _brackets(chance: random.Random) -> Question:
 
 def _counting(chance: random.Random) -> Question:
     """Numbers in equal steps."""
-    start, step = chance.randint(0, 40), chance.randint(1, 9)
+    start, step = chance.randint(0, 400), chance.randint(1, 25)
     shown = [start + step * k for k in range(5)]
     right = start + step * 5
     wrong = chance.sample([right + d for d in (-3, -2, -1, 1, 2, 3) if d != 0 and right + d > 0], 3)
