@@ -6,6 +6,8 @@ dtype or an attention backend: then keys and values go through the engine's page
 
 from __future__ import annotations
 
+from dataclasses import fields
+from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -33,9 +35,8 @@ def as_config(model: str | EngineConfig) -> EngineConfig:
 
 def label(config: EngineConfig) -> str:
     """The model and whatever about it is not the default."""
-    names = ("quantization", "kernel", "weight_only", "attention_backend", "dtype", "kv_cache_dtype", "revision")
-    values = {name: getattr(config, name) for name in names}
-    said = [f"{name}={value}" for name, value in values.items() if value not in (None, "auto")]
+    values = {field.name: (getattr(config, field.name), field.default) for field in fields(config)}
+    said = [f"{name}={value}" for name, (value, usual) in values.items() if name != "model" and value != usual]
     return " ".join([config.model, *said])
 
 
@@ -45,15 +46,10 @@ class Scorer:
     def __init__(self, config: EngineConfig):
         self.label = label(config)
         checkpoint = Checkpoint.open(config.model, config.revision, code=config.trust_remote_code)
-        self.plan = make_plan(
-            checkpoint,
-            dtype=config.dtype,
-            device=config.device,
-            quantization=config.quantization,
-            kernel=config.kernel,
-            weight_only=config.weight_only,
-            trust_remote_code=config.trust_remote_code,
-        )
+        loading = [
+            name for name in signature(make_plan).parameters if name != "checkpoint"
+        ]  # whatever options there are
+        self.plan = make_plan(checkpoint, **{name: getattr(config, name) for name in loading})
         self.tokenizer = load_tokenizer(config, checkpoint)
         self.paged = config.kv_cache_dtype != "auto" or config.attention_backend is not None
         if self.paged:
