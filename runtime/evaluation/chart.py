@@ -20,8 +20,8 @@ text { fill: var(--ink); } .quiet { fill: var(--quiet); } .title { font-weight: 
 """
 
 LEFT, TOP, BOTTOM, RIGHT = 74, 34, 44, 18
-SHIFTS = (0, -13, 13, -26, 26, -39, 39, -52, 52)
-"""Pixels by which a name may be moved from its point."""
+GAPS, SHIFTS = (8, 30, 60, 90, 130), [13 * step for step in range(-8, 9)]
+"""Pixels across and up or down that a name may be from its point."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Axis:
     def ticks(self) -> list[float]:
         if self.log:
             powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            steps = (1,) if len(powers) > 4 else (1, 3)
+            steps = (1,) if len(powers) > 4 else (1, 3) if self.high > 30 * self.low else (1, 2, 3, 4, 5, 6, 8)
             every = [step * 10.0**power for power in powers for step in steps]
         else:
             step = 10 ** math.floor(math.log10(self.high - self.low))
@@ -114,15 +114,22 @@ class Panel:
         )
 
     def labels(self, entries: Sequence[tuple[float, float, str]]) -> None:
-        """Names beside points, moved up or down until none covers another."""
-        taken: list[tuple[float, float, float, float]] = []
-        for x, y, name in sorted(entries, key=lambda entry: (-self.up(entry[1]), entry[0])):
-            wide, left, middle = 6.2 * len(name), self.across(x), self.up(y)
-            places = [(start, middle + shift) for shift in SHIFTS for start in (left + 7, left - 7 - wide)]
-            boxes = [(start, at - 6, start + wide, at + 6) for start, at in places]
+        """Names beside points, as near as none covers another or a point; a line leads to those that had to move."""
+        points = [(self.across(x), self.up(y), name) for x, y, name in entries]
+        taken = [(x - 5, y - 5, x + 5, y + 5) for x, y, _ in points]
+        for x, y, name in sorted(points, key=lambda point: (point[1], point[0])):
+            wide = 6.6 * len(name)
+            starts = [(start, gap) for gap in GAPS for start in (x + gap, x - gap - wide)]
+            near = sorted(((gap + abs(shift), start, y + shift) for start, gap in starts for shift in SHIFTS))
+            boxes = [(start, middle - 6, start + wide, middle + 6) for _, start, middle in near]
             free = (box for box in boxes if self._inside(box) and not any(_overlap(box, other) for other in taken))
             box = next(free, boxes[0])
             taken.append(box)
+            if box not in boxes[:2]:
+                end = box[0] - 2 if box[0] > x else box[2] + 2
+                self.parts.append(
+                    f'<line class="grid" x1="{x:.1f}" y1="{y:.1f}" x2="{end:.1f}" y2="{box[1] + 6:.1f}"/>'
+                )
             self._text(box[0], box[1] + 10, name, "start", "quiet")
 
     def _inside(self, box: tuple[float, float, float, float]) -> bool:

@@ -35,14 +35,14 @@ def _histogram(comparison: Comparison) -> Panel:
     panel = Panel(
         f"{comparison.candidate} against {comparison.reference}: mean KL {comparison.mean_kl.value:.3g}",
         Axis(10.0**low, 10.0**high, "KL divergence of a token [nat]", log=True),
-        Axis.around(counts.tolist(), "share of tokens", zero=True),
+        Axis.around([1.12 * counts.max().item()], "share of tokens", zero=True),
     )
     for place, share in enumerate(counts.tolist()):
         if share:
             panel.bar(edges[place], edges[place + 1], share, hint=f"{edges[place]:.1e}: {100 * share:.2f} %")
     for name, value in (("median", comparison.median_kl.value), ("99 %", comparison.kl_99.value)):
         panel.line([(value, panel.y.low), (value, panel.y.high)], colour=1)
-        panel.labels([(value, panel.y.high * 0.95, name)])
+        panel.labels([(value, panel.y.high * 0.97, name)])
     return panel
 
 
@@ -67,7 +67,7 @@ def _by_layer(comparison: Comparison) -> Panel:
     panel = Panel(
         "By layer, each given the reference's input: the lowest is the worst",
         Axis(-0.5, count - 0.5, "decoder layer"),
-        Axis.around([*finite, 0.0], "SQNR of its update [dB]"),
+        Axis.around([*finite, 0.0], "SQNR of its update [dB]", zero=min(finite) >= 0),
         top=2 * HEIGHT,
     )
     worst = min(comparison.layers, key=lambda layer: layer.sqnr)

@@ -205,7 +205,7 @@ def _scatter(points: dict[str, tuple[float, float]], title: str, across: str) ->
     families = list(dict.fromkeys(row.family for row in ROWS.values()))
     panel = Panel(
         title,
-        Axis.around([x for x, _ in points.values()], across),
+        Axis.around([x for x, _ in points.values()], across, log=True),
         Axis.around([kl for _, kl in points.values()], "mean KL to the original [nat]", log=True),
         height=430,
     )
