@@ -51,3 +51,9 @@ def test_one_window_has_no_standard_error() -> None:
     found = mean(torch.tensor([1.0, 2.0]), torch.tensor([0, 0]))
     assert found == Estimate(1.5, None)
     assert "?" in str(found)
+
+
+def test_windows_of_one_size_are_a_sample_of_their_means() -> None:
+    values, clusters = torch.tensor([1.0, 3.0, 4.0, 6.0, 2.0, 8.0]), torch.tensor([0, 0, 1, 1, 2, 2])
+    means = torch.tensor([2.0, 5.0, 5.0])
+    assert mean(values, clusters).standard_error == pytest.approx(means.std().item() / 3**0.5)
