@@ -2,8 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# make architectures: the sweep behind ARCHITECTURES.md.
-.PHONY: demo test test-slow test-cuda architectures mutants check format bench clean
+# make accuracy: what every method loses.   make architectures: the sweep behind ARCHITECTURES.md.
+.PHONY: demo test accuracy test-slow test-cuda architectures mutants check format bench clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -25,6 +25,9 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --du
 
 test: check
 	$(PYTEST)
+
+accuracy: .venv/installed
+	$(BIN)/python -m tests.accuracy
 
 test-slow: .venv/installed
 	$(PYTEST) -m slow

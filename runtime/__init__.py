@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from runtime.config import EngineConfig
     from runtime.engine import Engine
     from runtime.errors import EngineDead, Error, InvalidRequest, LoadError, Overloaded
+    from runtime.evaluation.compare import Comparison, compare
+    from runtime.evaluation.estimate import Estimate
+    from runtime.evaluation.gate import GateResult, gate
+    from runtime.evaluation.perplexity import Perplexity, perplexity
+    from runtime.evaluation.tasks import TaskResults, evaluate_tasks
     from runtime.inspection import inspect
     from runtime.llm import LLM
     from runtime.loader import load_model
@@ -35,6 +40,15 @@ _HOME = {
     "CompletionOutput": "outputs",
     "Logprob": "outputs",
     "Scores": "outputs",
+    "compare": "evaluation.compare",
+    "Comparison": "evaluation.compare",
+    "Estimate": "evaluation.estimate",
+    "perplexity": "evaluation.perplexity",
+    "Perplexity": "evaluation.perplexity",
+    "gate": "evaluation.gate",
+    "GateResult": "evaluation.gate",
+    "evaluate_tasks": "evaluation.tasks",
+    "TaskResults": "evaluation.tasks",
     "Error": "errors",
     "LoadError": "errors",
     "InvalidRequest": "errors",
@@ -44,22 +58,31 @@ _HOME = {
 
 __all__ = [
     "LLM",
+    "Comparison",
     "CompletionOutput",
     "Delta",
     "Engine",
     "EngineConfig",
     "EngineDead",
     "Error",
+    "Estimate",
     "FinishReason",
+    "GateResult",
     "InvalidRequest",
     "LoadError",
     "Logprob",
     "Overloaded",
+    "Perplexity",
     "RequestOutput",
     "SamplingParams",
     "Scores",
+    "TaskResults",
+    "compare",
+    "evaluate_tasks",
+    "gate",
     "inspect",
     "load_model",
+    "perplexity",
 ]
 
 

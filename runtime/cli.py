@@ -19,6 +19,7 @@ from typing import Any
 from runtime.bench import add_parsers as add_bench_parsers
 from runtime.chat import chat
 from runtime.errors import Error, InvalidRequest
+from runtime.evaluation.command import add_parsers as add_eval_parsers
 from runtime.options import (
     ENGINE,
     LOADING,
@@ -44,6 +45,7 @@ def build_parser() -> Parser:
     _verify_parser(commands.add_parser("verify", help="is what this machine computes what the checkpoint says?"))
     _chat_parser(commands.add_parser("chat", help="talk to a model in the terminal"))
     add_bench_parsers(commands.add_parser("bench", help="measure speed, as SGLang does"))
+    add_eval_parsers(commands.add_parser("eval", help="measure what quantizing lost; gates for CI"))
     commands.add_parser("env", help="what to paste into an issue").set_defaults(run=_show_environment)
     return parser
 

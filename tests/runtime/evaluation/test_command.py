@@ -1,0 +1,65 @@
+"""``relinear eval`` on the command line: tables for people, JSON for programs, one sentence for what is wrong."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+from runtime.cli import main
+
+SMALL = ["--text", "demo", "--tokens", "250", "--window", "128", "--dtype", "float32"]
+
+
+def test_diff_of_two_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figure = tmp_path / "out.svg"
+    assert main(["eval", "diff", "demo-bf16", "demo", *SMALL, "--plot", str(figure)]) == 0
+    shown = capsys.readouterr().out
+    for line in (
+        "mean KL [nat]",
+        "99.9 % KL",
+        "top-1 agreement",
+        "worst layer",
+        "kl/window=128/bos",
+        "clustered by window",
+    ):
+        assert line in shown
+    ElementTree.parse(figure)
+
+
+@pytest.mark.parametrize(
+    ("options", "low", "high"),
+    [(["--kv-cache-dtype", "int8"], 1e-5, 1e-3), (["--kernel", "cpu"], -1e-12, 1e-9)],
+    ids=["cache", "kernel"],
+)
+def test_diff_of_one_checkpoint_with_itself_otherwise(
+    options: list[str], low: float, high: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", "diff", "demo", *SMALL, *options, "--no-layers", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert low < found["mean_kl"]["value"] < high
+    assert options[1] in found["candidate"]
+    assert options[1] not in found["reference"]
+
+
+def test_perplexity(capsys: pytest.CaptureFixture[str]) -> None:
+    text = ["--text", "demo", "--tokens", "500", "--dtype", "float32"]
+    assert main(["eval", "ppl", "demo", *text, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["recipe"] == "bits-per-byte/window=512/bos"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["diff", "demo", *SMALL], "nothing differs between the sides"),
+        (["diff", "demo-bf16", "demo", "--text", "/absent.txt"], "No such file"),
+        (["diff", "demo-bf16", "demo", *SMALL, "--tokens", "0"], "at least one token"),
+        (["diff", "demo-bf16", "demo", *SMALL, "--window", "1"], "at least 2 tokens"),
+        (["diff", "demo", *SMALL, "--kv-cache-dtype", "int3"], "unknown KV cache dtype 'int3'"),
+    ],
+)
+def test_what_is_wrong_is_said(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", *arguments]) == 1
+    assert message in capsys.readouterr().err

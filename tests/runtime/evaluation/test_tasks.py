@@ -1,0 +1,127 @@
+"""The pairing of answers is McNemar's; local questions have one right answer; lm-eval's interface is kept.
+
+lm-eval is a heavy extra. Where it is not installed, its one class that we derive from is stood in for, and what a whole run
+gives is left out."""
+
+from __future__ import annotations
+
+import math
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from runtime import LLM, EngineConfig, Error, InvalidRequest, evaluate_tasks
+from runtime.evaluation.local_tasks import ITEMS, KINDS, questions
+from runtime.evaluation.tasks import _scores, mcnemar
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "p_value"),
+    [(0, 0, 1.0), (1, 0, 1.0), (5, 1, 0.21875), (1, 5, 0.21875), (10, 0, 2**-9), (7, 7, 1.0)],
+)
+def test_mcnemar_is_the_binomial_test_of_the_flips(lost: int, gained: int, p_value: float) -> None:
+    assert mcnemar(lost, gained) == p_value
+
+
+def test_answers_are_paired_by_question() -> None:
+    def found(marks: list[int]) -> dict[str, Any]:
+        samples = [{"doc_id": place, "acc": float(mark)} for place, mark in enumerate(marks)]
+        return {"results": {"t": {"alias": "t", "acc,none": sum(marks) / 8}}, "samples": {"t": samples}}
+
+    now, before = found([1, 1, 1, 0, 0, 0, 0, 1]), found([1, 1, 1, 1, 1, 1, 0, 0])
+    (score,) = _scores(now, before)
+    assert (score.items, score.score, score.reference, score.lost, score.gained) == (8, 0.5, 0.75, 3, 1)
+    assert score.p_value == mcnemar(3, 1)
+    assert score.standard_error == pytest.approx(math.sqrt(0.25 / 7))
+    (alone,) = _scores(now, None)
+    assert alone.reference is alone.p_value is None
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_local_questions_are_fixed_and_have_one_right_answer(name: str) -> None:
+    asked = questions(name)
+    assert asked == questions(name)
+    assert len(asked) == ITEMS
+    assert len({question["text"] for question in asked}) > 0.95 * ITEMS
+    for question in asked:
+        assert len(set(question["choices"])) == len(question["choices"]) >= 3
+    labels = torch.tensor([question["label"] for question in asked]).bincount() / ITEMS
+    assert labels.min() > 0.15
+
+
+def test_the_right_answers_are_right() -> None:
+    for question in questions("relinear_brackets"):
+        closed = {"(": ")", "[": "]", "{": "}"}
+        expected = "".join(closed[sign] for sign in reversed(question["text"]) if sign in closed)
+        assert question["choices"][question["label"]] == expected
+    for question in questions("relinear_counting"):
+        shown = [int(number) for number in question["text"].rstrip(",").split(", ")]
+        assert int(question["choices"][question["label"]]) == 2 * shown[-1] - shown[-2]
+
+
+@pytest.fixture
+def harness(monkeypatch: pytest.MonkeyPatch) -> Any:
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError:
+        for name in ("lm_eval", "lm_eval.api", "lm_eval.api.model", "lm_eval.api.instance"):
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        monkeypatch.setattr(sys.modules["lm_eval.api.model"], "LM", object, raising=False)
+        monkeypatch.setattr(sys.modules["lm_eval.api.instance"], "Instance", object, raising=False)
+    monkeypatch.delitem(sys.modules, "runtime.evaluation.harness", raising=False)
+    from runtime.evaluation import harness
+
+    yield harness
+    sys.modules.pop("runtime.evaluation.harness", None)
+
+
+def test_log_likelihoods_and_answers_are_the_models(harness: Any) -> None:
+    llm = LLM("demo-bf16", dtype="float32", max_total_tokens=2048)
+    engine_lm = harness.EngineLM(llm)
+    tokenizer, model = llm.get_tokenizer(), None
+    pairs = [("def main():", "\n    return"), ("import os ", "import sys"), ("", "class A:")]
+    found = engine_lm.loglikelihood([SimpleNamespace(args=pair) for pair in pairs])
+    from runtime import load_model
+
+    model = load_model("demo-bf16", dtype="float32")
+
+    def expected(ids: list[int], start: int) -> tuple[float, bool]:
+        logits = model(torch.tensor([ids])).logits[0, start - 1 : -1].detach()
+        target = torch.tensor(ids[start:])
+        return -F.cross_entropy(logits, target, reduction="sum").item(), bool((logits.argmax(-1) == target).all())
+
+    for (context, continuation), (value, greedy) in zip(pairs, found, strict=True):
+        ids = tokenizer(context + continuation)["input_ids"]
+        start = len(tokenizer(context.rstrip())["input_ids"]) if context else 1
+        assert (value, greedy) == (pytest.approx(expected(ids, start)[0], rel=1e-4), expected(ids, start)[1])
+    text = "def f(x):\n    return x\n"
+    ids = tokenizer(text)["input_ids"]
+    (rolling,) = engine_lm.loglikelihood_rolling([SimpleNamespace(args=(text,))])
+    assert rolling == pytest.approx(expected(ids, 1)[0], rel=1e-4)
+    options = {"until": ["\n"], "max_gen_toks": 12, "do_sample": False}
+    (answer,) = engine_lm.generate_until([SimpleNamespace(args=("import ", options))])
+    assert answer
+    assert "\n" not in answer
+
+
+def test_without_lm_eval_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(Error, match=r"pip install 'relinear\[eval\]'"):
+        evaluate_tasks("demo")
+
+
+def test_a_whole_run_with_lm_eval() -> None:
+    pytest.importorskip("lm_eval")
+    sides = {name: EngineConfig(name, dtype="float32", max_total_tokens=4096) for name in ("demo", "demo-bf16")}
+    found = evaluate_tasks(sides["demo"], ["relinear_argument"], reference=sides["demo-bf16"], limit=20)
+    (score,) = found.scores
+    assert score.items == 20
+    assert score.score > 0.7
+    assert score.lost is not None
+    assert "relinear_argument" in str(found)
+    with pytest.raises(InvalidRequest, match="knows no task nothing"):
+        evaluate_tasks(sides["demo"], ["nothing"])
