@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from attention import mixers
 from attention.base import AttentionSpec, UnsupportedAttention
 from attention.call import Call, Forward
 from attention.positions import BATCH_DEPENDENT_ROPE, tempers_rows
+from attention.states import MixerSpec
 
 
 class Reach(NamedTuple):
@@ -36,6 +38,8 @@ class Recording(Forward):
     def __init__(self, model: nn.Module) -> None:
         self.names = {module: name for name, module in model.named_modules()}
         self.specs: list[AttentionSpec] = []
+        self.mixers: list[MixerSpec] = []
+        self.mixing: nn.Module | None = None
         self.ranges = WatchRanges()
 
     def describe(self, module: nn.Module) -> str:
@@ -43,11 +47,20 @@ class Recording(Forward):
 
     def attend(self, call: Call) -> Tensor:
         tokens = call.q.shape[2]
+        if self.mixing is not None:
+            self.refuse(call, "it attends inside of a layer that keeps a recurrent state")
         if self.ranges.made_by(call.module, tokens) and not tempers_rows(call.module):
             self.refuse(call, "it numbers the tokens of a forward by itself, which packed sequences make wrong")
         self.ranges.made.clear()
         self.specs.append(call.spec(*self.reach(call)))
         return call.v.new_empty(1, tokens, call.q.shape[1], call.v.shape[3])
+
+    def mix(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.mixing = module
+        spec, out = mixers.record(self.names[module], forward, args, kwargs)
+        self.mixing = None
+        self.mixers.append(spec)
+        return out
 
     def reach(self, call: Call) -> Reach:
         if call.mask is not None:
