@@ -13,7 +13,6 @@ because some models drop keyword arguments on their way down:
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +35,7 @@ from transformers import (
 from attention import mixers
 from attention.base import AttentionBackend, AttentionBatch, AttentionError, AttentionSpec, UnsupportedAttention
 from attention.call import Call, Forward
+from attention.checks import layers_left_out, require_calls, require_known_states, require_positions
 from attention.kv_cache import KVCache
 from attention.positions import retemper, tempers_rows
 from attention.recording import MaskedRecording, Recording, without_data
@@ -195,66 +195,29 @@ def record_layers(model: PreTrainedModel) -> Layers:
         text = model.config.get_text_config(decoder=True)
         cache = DynamicCache(config=text)
         if not any(map(mixers.keeps_state, model.modules())):
-            _require_positions(model)
-        _run(model, plain, use_cache=False)
-        _require_calls(plain, cache, text.num_hidden_layers)
+            require_positions(model)
+        with layers_left_out(model, text.num_hidden_layers) as left_out:
+            _run(model, plain, use_cache=False)
+        require_calls(plain, cache, text.num_hidden_layers, len(left_out))
         if not plain.specs:
             return Layers([], plain.mixers)  # no mask, no position: nothing more to know
-        _require_positions(model)
+        require_positions(model)
         with _meaningful_masks():  # MiniMax has a cache of its own: models with mixers make theirs
             _run(model, masked, use_cache=True, past_key_values=None if plain.mixers else cache)
-        _require_known_states(cache, plain.mixers)  # layers may have joined
+        require_known_states(cache, plain.mixers)  # layers may have joined
         if [replace(spec, window=None, chunk=None) for spec in masked.specs] != plain.specs:
             raise UnsupportedAttention("it attends differently with a cache of Transformers than without one")
     return Layers(masked.specs, plain.mixers)
 
 
 _TOKENS = 7  # of a recording: enough to be a prefill, and no likely number of anything else
-_KV_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
-_STATE_LAYERS = {
-    "LinearAttentionLayer",
-    "LinearAttentionAndFullAttentionLayer",
-    "LinearAttentionAndSlidingWindowAttentionLayer",
-}
 _recording_lock = threading.Lock()  # a mask function is registered for the whole process
-
-
-def _require_known_states(cache: DynamicCache, recorded: Sequence[MixerSpec]) -> None:
-    known = {state.key.layer for mixer in recorded for state in mixer.states}
-    kinds = [(number, type(layer).__name__) for number, layer in enumerate(cache.layers)]
-    states = [
-        kind for number, kind in kinds if kind not in _KV_LAYERS and not (kind in _STATE_LAYERS and number in known)
-    ]
-    if states:
-        raise UnsupportedAttention(
-            f"{len(states)} of its {len(cache.layers)} layers keep a state other than keys and values "
-            f"({', '.join(sorted(set(states)))}), which is not kept per sequence by anything here"
-        )
-
-
-def _require_positions(model: PreTrainedModel) -> None:
-    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    if not any("position_ids" in inspect.signature(part.forward).parameters for part in models):
-        raise UnsupportedAttention("it takes no position_ids, so packed sequences would share their positions")
-    if any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules()):
-        raise UnsupportedAttention("its positions count from its padding index, not from 0")
-
-
-def _require_calls(recording: Recording, cache: DynamicCache, layers: int) -> None:
-    _require_known_states(cache, recording.mixers)
-    if not recording.specs and not recording.mixers:
-        raise UnsupportedAttention("no layer calls the attention function: the model has attention of its own")
-    without = sum(type(layer).__name__ == "DummyLayer" for layer in cache.layers)  # feed-forward layers, shared keys
-    calls = len(recording.specs) + len(recording.mixers)
-    if calls < layers - without:
-        raise UnsupportedAttention(
-            f"its {layers} layers call the attention function only {calls} times; "
-            "layers that are recurrent or have attention of their own are not supported yet"
-        )
 
 
 def _run(model: PreTrainedModel, recording: Recording, **options: Any) -> None:
     tokens = torch.zeros(1, _TOKENS, dtype=torch.long, device=model.device)
+    if model._supports_logits_to_keep():  # as the engine asks; with a number, Gemma 4 cuts rows off in the middle
+        options["logits_to_keep"] = torch.zeros(1, dtype=torch.long, device=model.device)
     with _under_way(recording), recording.ranges, torch.no_grad():
         model(tokens, position_ids=torch.zeros_like(tokens), **options)
 

@@ -78,7 +78,7 @@ def test_states_of_recurrent_layers_are_taken_from_what_is_available(monkeypatch
     without = memory.size_cache(config, 10, 4096, CPU)
     beside = memory.size_cache(config, 10, 4096, CPU, state_bytes=5_000)
     assert (without.tokens, beside.tokens) == (512, 256)
-    with pytest.raises(LoadError, match="recurrent layers take .* for 4 sequences .* Lower max_num_seqs"):
+    with pytest.raises(LoadError, match=r"recurrent layers take .* for 4 sequences .* Lower max_num_seqs"):
         memory.size_cache(config, 10, 4096, CPU, state_bytes=20_000)
     recurrent_only = memory.size_cache(config, 0, 64, CPU, state_bytes=5_000)
     assert (recurrent_only.tokens, recurrent_only.nbytes) == (4 * 64, 0)
