@@ -35,8 +35,8 @@ def require_known_states(cache: Any, recorded: Sequence[MixerSpec]) -> None:
 
 
 def require_positions(model: nn.Module) -> None:
-    parts = (inspect.signature(part.forward).parameters for part in model.modules())
-    if not any({"position_ids", "input_ids"} <= set(parameters) for parameters in parts):
+    models = [module for module in model.modules() if hasattr(module, "base_model_prefix")]  # PreTrainedModel
+    if not any("position_ids" in inspect.signature(part.forward).parameters for part in models):
         raise UnsupportedAttention("it takes no position_ids, so packed sequences would share their positions")
     if any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules()):
         raise UnsupportedAttention("its positions count from its padding index, not from 0")
@@ -61,10 +61,25 @@ def layers_left_out(model: nn.Module, layers: int) -> Iterator[set[nn.Module]]:
             left_out |= set(stack) - ran
 
 
-def require_calls(recording: Recording, cache: Any, layers: int, left_out: int) -> None:
+REMOTE_CODE = (
+    "The code is the checkpoint's own; it is served after two changes to it: (1) its attention calls "
+    "ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation](self, query, key, value, attention_mask, scaling=..., "
+    "**kwargs), and its model hands **kwargs down to it; (2) its PreTrainedModel class says "
+    "_supports_attention_backend = True"
+)
+
+
+def advice(model: nn.Module) -> str:
+    """What to change in code that a checkpoint brought; of Transformers' own models there is nothing to say."""
+    return f". {REMOTE_CODE}" if type(model).__module__.startswith("transformers_modules.") else ""
+
+
+def require_calls(model: nn.Module, recording: Recording, cache: Any, layers: int, left_out: int) -> None:
     require_known_states(cache, recording.mixers)
     if not recording.specs and not recording.mixers:
-        raise UnsupportedAttention("no layer calls the attention function: the model has attention of its own")
+        raise UnsupportedAttention(
+            f"no layer calls the attention function: the model has attention of its own{advice(model)}"
+        )
     without = sum(type(layer).__name__ == "DummyLayer" for layer in cache.layers)  # feed-forward layers, shared keys
     calls = len(recording.specs) + len(recording.mixers)
     if calls < layers - without - left_out:

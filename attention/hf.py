@@ -13,6 +13,7 @@ because some models drop keyword arguments on their way down:
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,7 +36,7 @@ from transformers import (
 from attention import mixers
 from attention.base import AttentionBackend, AttentionBatch, AttentionError, AttentionSpec, UnsupportedAttention
 from attention.call import Call, Forward
-from attention.checks import layers_left_out, require_calls, require_known_states, require_positions
+from attention.checks import advice, layers_left_out, require_calls, require_known_states, require_positions
 from attention.kv_cache import KVCache
 from attention.positions import retemper, tempers_rows
 from attention.recording import MaskedRecording, Recording, without_data
@@ -198,12 +199,14 @@ def record_layers(model: PreTrainedModel) -> Layers:
             require_positions(model)
         with layers_left_out(model, text.num_hidden_layers) as left_out:
             _run(model, plain, use_cache=False)
-        require_calls(plain, cache, text.num_hidden_layers, len(left_out))
+        require_calls(model, plain, cache, text.num_hidden_layers, len(left_out))
         if not plain.specs:
             return Layers([], plain.mixers)  # no mask, no position: nothing more to know
         require_positions(model)
-        with _meaningful_masks():  # MiniMax has a cache of its own: models with mixers make theirs
-            _run(model, masked, use_cache=True, past_key_values=None if plain.mixers else cache)
+        # MiniMax has a cache of its own: models with mixers make theirs.
+        theirs = bool(plain.mixers) or "past_key_values" not in inspect.signature(model.forward).parameters
+        with _meaningful_masks():
+            _run(model, masked, use_cache=True, past_key_values=None if theirs else cache)
         require_known_states(cache, plain.mixers)  # layers may have joined
         if [replace(spec, window=None, chunk=None) for spec in masked.specs] != plain.specs:
             raise UnsupportedAttention("it attends differently with a cache of Transformers than without one")
@@ -231,7 +234,7 @@ def _explained(model: PreTrainedModel) -> Iterator[None]:
     except UnsupportedAttention as error:
         raise UnsupportedAttention(f"{kind}: {error}") from error
     except Exception as error:
-        reason = f"a forward without data failed ({type(error).__name__}: {error})"
+        reason = f"a forward without data failed ({type(error).__name__}: {error}){advice(model)}"
         raise UnsupportedAttention(f"{kind}: {reason}") from error
 
 

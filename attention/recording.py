@@ -11,6 +11,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import CodeType
 from typing import Any, NamedTuple, NoReturn
 
@@ -91,6 +92,8 @@ class MaskedRecording(Recording):
         return self.masks[-1][0]
 
     def reach(self, call: Call) -> Reach:
+        if call.mask is None and not self.masks:  # code that leaves masks to the attention function altogether
+            return Reach(window=call.options.get("sliding_window"))
         made = [reach for mask, reach in self.masks if mask is call.mask]
         if not made:
             self.refuse(call, "it makes or changes its attention mask by itself, so what it may see is unknown")
@@ -133,6 +136,14 @@ def _is_causal(mask_function: Callable[..., Any], window: int | None) -> bool:
         return True
 
 
+def _first_expert(gate: Any, hidden: Tensor) -> tuple[Any, ...]:
+    """The answer of JetMoE's gate to rows [n, H], as if it sent all of them to its first expert."""
+    rows = hidden.shape[0] * gate.top_k
+    index = torch.zeros(rows, dtype=torch.long, device=hidden.device)
+    sizes = [rows] + [0] * (gate.num_experts - 1)
+    return index, index, hidden.new_empty(rows), sizes, hidden.new_empty(hidden.shape[0], gate.num_experts)
+
+
 _PADDING_CHECK = "warn_if_padding_and_no_attention_mask"
 
 
@@ -143,7 +154,12 @@ def without_data(model: nn.Module) -> Iterator[None]:
     training = [module.training for module in modules]
     stubs: list[tuple[nn.Module, str, Callable[..., Any]]] = []
     for module in modules:
-        if type(module).__name__.endswith("Experts"):  # they count their tokens on the host; attention does not care
+        kind = type(module).__name__
+        if kind == "JetMoeTopKGating":  # counts its tokens on the host, and attention heads are among its experts
+            stubs.append((module, "forward", partial(_first_expert, module)))
+        elif (
+            kind.endswith("Experts") and kind != "JetMoeParallelExperts"
+        ):  # they count their tokens on the host; attention does not care
             stubs.append((module, "forward", lambda hidden, *args, **kwargs: hidden))
         if hasattr(module, _PADDING_CHECK):  # looks for padding tokens in the input
             stubs.append((module, _PADDING_CHECK, lambda *args, **kwargs: None))
