@@ -8,6 +8,7 @@ harmless for a stated reason, or refused; one that is in none is refused too.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,3 +94,7 @@ class Forward(ABC):
     @abstractmethod
     def attend(self, call: Call) -> Tensor:
         """The answer to a call that has nothing to refuse, [1, T, H, Dv]."""
+
+    @abstractmethod
+    def mix(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The answer of a recurrent layer, whose own ``forward`` knows nothing of packed sequences."""

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +33,14 @@ from transformers import (
     PreTrainedModel,
 )
 
+from attention import mixers
 from attention.base import AttentionBackend, AttentionBatch, AttentionError, AttentionSpec, UnsupportedAttention
 from attention.call import Call, Forward
+from attention.checks import advice, layers_left_out, require_calls, require_known_states, require_positions
 from attention.kv_cache import KVCache
 from attention.positions import retemper, tempers_rows
 from attention.recording import MaskedRecording, Recording, without_data
+from attention.states import MixerSpec, Segment, StateCache
 
 NAME = "relinear"  # Transformers reads a meaning into names with "flash", "sdpa", "paged|" or a slash
 
@@ -72,10 +75,19 @@ AttentionInterface.register(NAME, attention)
 
 @contextmanager
 def forward_batch(
-    batch: AttentionBatch, cache: KVCache, backend: AttentionBackend, specs: Sequence[AttentionSpec]
+    batch: AttentionBatch,
+    cache: KVCache,
+    backend: AttentionBackend,
+    specs: Sequence[AttentionSpec],
+    states: StateCache | None = None,
+    segments: Sequence[Segment] = (),
 ) -> Iterator[None]:
-    """Let ``backend`` answer the attention calls of one packed forward of the model whose ``specs`` were recorded."""
-    forward = _Serving(batch, cache, backend, specs)
+    """Let ``backend`` answer the attention calls of one packed forward of the model whose ``specs`` were recorded.
+
+    A model with recurrent layers, prepared by :func:`separate_states`, keeps their ``states`` of the sequences in the
+    slots that ``segments`` name, in the order of the batch.
+    """
+    forward = _Serving(batch, cache, backend, specs, states, segments)
     with _under_way(forward):
         yield
     if forward.calls != len(specs):
@@ -84,9 +96,16 @@ def forward_batch(
 
 class _Serving(Forward):
     def __init__(
-        self, batch: AttentionBatch, cache: KVCache, backend: AttentionBackend, specs: Sequence[AttentionSpec]
+        self,
+        batch: AttentionBatch,
+        cache: KVCache,
+        backend: AttentionBackend,
+        specs: Sequence[AttentionSpec],
+        states: StateCache | None,
+        segments: Sequence[Segment],
     ) -> None:
         self.batch, self.cache, self.backend, self.specs = batch, cache, backend, specs
+        self.states, self.segments = states, segments
         self.calls = 0
 
     def describe(self, module: nn.Module) -> str:
@@ -111,77 +130,97 @@ class _Serving(Forward):
         self.calls += 1
         return out[None]
 
+    def mix(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.states is None:
+            raise AttentionError(f"{type(module).__name__} keeps a recurrent state, but this forward brings no states")
+        return mixers.serve(forward, args, kwargs, self.states, self.segments)
+
+
+def _mix(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    under_way = _current.get()
+    return forward(*args, **kwargs) if under_way is None else under_way.mix(module, forward, args, kwargs)
+
+
+def separate_states(model: nn.Module) -> None:
+    """Let the recurrent layers of a loaded model, if there are any, keep each sequence's states apart."""
+    mixers.intercept(model, _mix)
+
+
+class Layers(NamedTuple):
+    """What a forward of a model calls: ``attention`` in call order, and the ``mixers`` that keep recurrent states."""
+
+    attention: list[AttentionSpec]
+    mixers: list[MixerSpec]
+
 
 def read_specs(config: PreTrainedConfig, trust_remote_code: bool = False) -> list[AttentionSpec]:
-    """The spec of every attention call of the causal LM that ``config`` describes, in call order. No weight is read."""
+    """The attention of :func:`read_layers`, for models that have nothing else."""
+    return _attention_only(config.model_type, read_layers(config, trust_remote_code))
+
+
+def record_specs(model: PreTrainedModel) -> list[AttentionSpec]:
+    """The attention of :func:`record_layers`, for models that have nothing else."""
+    return _attention_only(type(model).__name__, record_layers(model))
+
+
+def _attention_only(kind: str, layers: Layers) -> list[AttentionSpec]:
+    if layers.mixers:
+        raise UnsupportedAttention(f"{kind}: {len(layers.mixers)} of its layers keep a recurrent state")
+    return layers.attention
+
+
+def read_layers(
+    config: PreTrainedConfig, trust_remote_code: bool = False, dtype: torch.dtype = torch.float32
+) -> Layers:
+    """What every layer of the causal LM that ``config`` describes asks for, in call order. No weight is read."""
     config = deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # how weights are stored does not concern attention
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
-                config, attn_implementation=NAME, trust_remote_code=trust_remote_code
+                config, attn_implementation=NAME, trust_remote_code=trust_remote_code, dtype=dtype
             )
     except Exception as error:
         raise UnsupportedAttention(
             f"{config.model_type}: no causal language model with exchangeable attention can be built from its config "
             f"({type(error).__name__}: {error})"
         ) from error
-    return record_specs(model)
+    return record_layers(model)
 
 
-def record_specs(model: PreTrainedModel) -> list[AttentionSpec]:
+def record_layers(model: PreTrainedModel) -> Layers:
     """The same for a model that was built with ``attn_implementation=NAME``, which is left as it was."""
     plain, masked = Recording(model), MaskedRecording(model)
-    with _recording_lock, _explained(model), without_data(model):
+    with _recording_lock, _explained(model), without_data(model), mixers.intercepted(model, _mix):
         text = model.config.get_text_config(decoder=True)
         cache = DynamicCache(config=text)
-        _require_kv_only(cache)
-        _require_positions(model)
-        _run(model, plain, use_cache=False)
-        _require_calls(len(plain.specs), text.num_hidden_layers)
+        if not any(map(mixers.keeps_state, model.modules())):
+            require_positions(model)
+        with layers_left_out(model, text.num_hidden_layers) as left_out:
+            _run(model, plain, use_cache=False)
+        require_calls(model, plain, cache, text.num_hidden_layers, len(left_out))
+        if not plain.specs:
+            return Layers([], plain.mixers)  # no mask, no position: nothing more to know
+        require_positions(model)
+        # MiniMax has a cache of its own: models with mixers make theirs.
+        theirs = bool(plain.mixers) or "past_key_values" not in inspect.signature(model.forward).parameters
         with _meaningful_masks():
-            _run(model, masked, use_cache=True, past_key_values=cache)
-        _require_kv_only(cache)  # layers may have joined
+            _run(model, masked, use_cache=True, past_key_values=None if theirs else cache)
+        require_known_states(cache, plain.mixers)  # layers may have joined
         if [replace(spec, window=None, chunk=None) for spec in masked.specs] != plain.specs:
             raise UnsupportedAttention("it attends differently with a cache of Transformers than without one")
-    return masked.specs
+    return Layers(masked.specs, plain.mixers)
 
 
 _TOKENS = 7  # of a recording: enough to be a prefill, and no likely number of anything else
-_KV_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
 _recording_lock = threading.Lock()  # a mask function is registered for the whole process
-
-
-def _require_kv_only(cache: DynamicCache) -> None:
-    states = [name for layer in cache.layers if (name := type(layer).__name__) not in _KV_LAYERS]
-    if states:
-        raise UnsupportedAttention(
-            f"{len(states)} of its {len(cache.layers)} layers keep a state other than keys and values "
-            f"({', '.join(sorted(set(states)))}); recurrent, hybrid and indexed attention are not supported yet"
-        )
-
-
-def _require_positions(model: PreTrainedModel) -> None:
-    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    if not any("position_ids" in inspect.signature(part.forward).parameters for part in models):
-        raise UnsupportedAttention("it takes no position_ids, so packed sequences would share their positions")
-    if any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules()):
-        raise UnsupportedAttention("its positions count from its padding index, not from 0")
-
-
-def _require_calls(calls: int, layers: int) -> None:
-    if calls == 0:
-        raise UnsupportedAttention("no layer calls the attention function: the model has attention of its own")
-    if calls < layers:
-        raise UnsupportedAttention(
-            f"its {layers} layers call the attention function only {calls} times; "
-            "layers that are recurrent or have attention of their own are not supported yet"
-        )
 
 
 def _run(model: PreTrainedModel, recording: Recording, **options: Any) -> None:
     tokens = torch.zeros(1, _TOKENS, dtype=torch.long, device=model.device)
+    if model._supports_logits_to_keep():  # as the engine asks; with a number, Gemma 4 cuts rows off in the middle
+        options["logits_to_keep"] = torch.zeros(1, dtype=torch.long, device=model.device)
     with _under_way(recording), recording.ranges, torch.no_grad():
         model(tokens, position_ids=torch.zeros_like(tokens), **options)
 
@@ -195,7 +234,7 @@ def _explained(model: PreTrainedModel) -> Iterator[None]:
     except UnsupportedAttention as error:
         raise UnsupportedAttention(f"{kind}: {error}") from error
     except Exception as error:
-        reason = f"a forward without data failed ({type(error).__name__}: {error})"
+        reason = f"a forward without data failed ({type(error).__name__}: {error}){advice(model)}"
         raise UnsupportedAttention(f"{kind}: {reason}") from error
 
 

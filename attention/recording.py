@@ -11,6 +11,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import CodeType
 from typing import Any, NamedTuple, NoReturn
 
@@ -18,9 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from attention import mixers
 from attention.base import AttentionSpec, UnsupportedAttention
 from attention.call import Call, Forward
 from attention.positions import BATCH_DEPENDENT_ROPE, tempers_rows
+from attention.states import MixerSpec
 
 
 class Reach(NamedTuple):
@@ -36,6 +39,8 @@ class Recording(Forward):
     def __init__(self, model: nn.Module) -> None:
         self.names = {module: name for name, module in model.named_modules()}
         self.specs: list[AttentionSpec] = []
+        self.mixers: list[MixerSpec] = []
+        self.mixing: nn.Module | None = None
         self.ranges = WatchRanges()
 
     def describe(self, module: nn.Module) -> str:
@@ -43,11 +48,20 @@ class Recording(Forward):
 
     def attend(self, call: Call) -> Tensor:
         tokens = call.q.shape[2]
+        if self.mixing is not None:
+            self.refuse(call, "it attends inside of a layer that keeps a recurrent state")
         if self.ranges.made_by(call.module, tokens) and not tempers_rows(call.module):
             self.refuse(call, "it numbers the tokens of a forward by itself, which packed sequences make wrong")
         self.ranges.made.clear()
         self.specs.append(call.spec(*self.reach(call)))
         return call.v.new_empty(1, tokens, call.q.shape[1], call.v.shape[3])
+
+    def mix(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.mixing = module
+        spec, out = mixers.record(self.names[module], forward, args, kwargs)
+        self.mixing = None
+        self.mixers.append(spec)
+        return out
 
     def reach(self, call: Call) -> Reach:
         if call.mask is not None:
@@ -78,6 +92,8 @@ class MaskedRecording(Recording):
         return self.masks[-1][0]
 
     def reach(self, call: Call) -> Reach:
+        if call.mask is None and not self.masks:  # code that leaves masks to the attention function altogether
+            return Reach(window=call.options.get("sliding_window"))
         made = [reach for mask, reach in self.masks if mask is call.mask]
         if not made:
             self.refuse(call, "it makes or changes its attention mask by itself, so what it may see is unknown")
@@ -120,6 +136,14 @@ def _is_causal(mask_function: Callable[..., Any], window: int | None) -> bool:
         return True
 
 
+def _first_expert(gate: Any, hidden: Tensor) -> tuple[Any, ...]:
+    """The answer of JetMoE's gate to rows [n, H], as if it sent all of them to its first expert."""
+    rows = hidden.shape[0] * gate.top_k
+    index = torch.zeros(rows, dtype=torch.long, device=hidden.device)
+    sizes = [rows] + [0] * (gate.num_experts - 1)
+    return index, index, hidden.new_empty(rows), sizes, hidden.new_empty(hidden.shape[0], gate.num_experts)
+
+
 _PADDING_CHECK = "warn_if_padding_and_no_attention_mask"
 
 
@@ -130,7 +154,12 @@ def without_data(model: nn.Module) -> Iterator[None]:
     training = [module.training for module in modules]
     stubs: list[tuple[nn.Module, str, Callable[..., Any]]] = []
     for module in modules:
-        if type(module).__name__.endswith("Experts"):  # they count their tokens on the host; attention does not care
+        kind = type(module).__name__
+        if kind == "JetMoeTopKGating":  # counts its tokens on the host, and attention heads are among its experts
+            stubs.append((module, "forward", partial(_first_expert, module)))
+        elif (
+            kind.endswith("Experts") and kind != "JetMoeParallelExperts"
+        ):  # they count their tokens on the host; attention does not care
             stubs.append((module, "forward", lambda hidden, *args, **kwargs: hidden))
         if hasattr(module, _PADDING_CHECK):  # looks for padding tokens in the input
             stubs.append((module, _PADDING_CHECK, lambda *args, **kwargs: None))

@@ -20,10 +20,11 @@ from typing import Any, cast
 
 from attention.base import AttentionError
 from attention.hf import NAME as ATTENTION
-from attention.hf import read_specs
+from attention.hf import read_layers, separate_states
 from attention.kv_cache import KVCache
 from attention.kv_dtypes import cache_dtype
 from attention.registry import select
+from attention.states import StateCache, bytes_per_sequence
 from quant.kernels.native import build
 from runtime import guard
 from runtime.admission import max_new_tokens
@@ -81,15 +82,18 @@ class Engine:
         )
         plan.require_complete()
         try:
-            specs = read_specs(plan.config, plan.trust_remote_code)
+            self.layers = read_layers(plan.config, plan.trust_remote_code, plan.dtype)
+            specs, mixers = self.layers
             selection = select(specs, plan.device, config.attention_backend, build)
             kv_dtype = cache_dtype(config.kv_cache_dtype, plan.dtype)
         except AttentionError as error:
             raise LoadError(f"{checkpoint.folder}: {error}") from error
         self.tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config, checkpoint)
         self.loaded = load(plan, ATTENTION)
+        separate_states(self.loaded.model)
         token_bytes = KVCache.bytes_per_token(specs, kv_dtype)
-        self.size = size_cache(config, token_bytes, context_length(plan.config), plan.device)
+        state_bytes = bytes_per_sequence(mixers) * config.max_num_seqs
+        self.size = size_cache(config, token_bytes, context_length(plan.config), plan.device, state_bytes)
         cache = KVCache(specs, self.size.blocks, self.size.block_size, kv_dtype, plan.device)
         self.max_model_len = limit_by_rope(plan.config, config.max_model_len, self.size.max_model_len)
         self.vocabulary = int(cast(Any, self.loaded.model).get_input_embeddings().num_embeddings)
@@ -97,12 +101,15 @@ class Engine:
         self.sampling_defaults = sampling_defaults(checkpoint)
         self.grammars = GrammarCompiler(self.tokenizer, self.vocabulary, self.end_tokens)
         self.scheduler = Scheduler(
-            BlockPool(self.size.blocks, self.size.block_size, caching=config.enable_prefix_caching),
+            # A state belongs to one sequence at one token: nobody else can start from it.
+            BlockPool(self.size.blocks, self.size.block_size, caching=config.enable_prefix_caching and not mixers),
             config.max_num_batched_tokens or MAX_BATCHED_TOKENS,
             config.max_num_seqs,
+            whole_prompts=not all(mixer.continues for mixer in mixers),
         )
-        self.runner = Runner(self.loaded.model, specs, selection.backend, cache)
-        self.report = engine_report(self.loaded, specs, selection, self.size, kv_dtype, self.max_model_len)
+        states = StateCache(mixers, self.scheduler.max_running, plan.device) if mixers else None
+        self.runner = Runner(self.loaded.model, specs, selection.backend, cache, states)
+        self.report = engine_report(self.loaded, self.layers, selection, self.size, kv_dtype, self.max_model_len)
         self.steps = 0
         self._dead: Exception | None = None
         self._random = random.Random(config.seed)

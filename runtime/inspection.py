@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from attention.base import AttentionError, UnsupportedAttention
-from attention.hf import read_specs
+from attention.hf import read_layers
 from attention.registry import select
 from quant.kernels.native import build
 from runtime.checkpoint import Checkpoint
@@ -60,8 +60,8 @@ def inspect(
         trust_remote_code=trust_remote_code,
     )
     try:
-        specs = read_specs(plan.config, plan.trust_remote_code)
-        lines = attention_lines(specs, select(specs, plan.device, attention_backend, build))
+        layers = read_layers(plan.config, plan.trust_remote_code, plan.dtype)
+        lines = attention_lines(layers, select(layers.attention, plan.device, attention_backend, build))
     except UnsupportedAttention as error:
         lines = [("attention", f"the engine cannot serve this model: {error}")]
     except AttentionError as error:

@@ -32,9 +32,11 @@ class CacheSize:
         return self.blocks * self.block_size
 
 
-def size_cache(config: EngineConfig, token_bytes: int, context: int | None, device: torch.device) -> CacheSize:
-    """Blocks for the KV cache. ``token_bytes`` is what one token takes in all layers, ``context`` what the model was made
-    for (``None``: it does not say).
+def size_cache(
+    config: EngineConfig, token_bytes: int, context: int | None, device: torch.device, state_bytes: int = 0
+) -> CacheSize:
+    """Blocks for the KV cache. ``token_bytes`` is what one token takes in all layers (0 if all are recurrent), ``context``
+    what the model was made for (``None``: it does not say), ``state_bytes`` what recurrent layers take beside it.
 
     Asked for by size: exactly that. Otherwise as much as ``max_num_seqs`` sequences of ``max_model_len`` can use, within
     :data:`CACHE_FRACTION` of the available memory. Raises :class:`LoadError` if ``max_model_len`` was asked for and does
@@ -44,21 +46,26 @@ def size_cache(config: EngineConfig, token_bytes: int, context: int | None, devi
         raise LoadError(
             f"max_model_len {config.max_model_len} is more than the {context} positions that the model was made for."
         )
-    available = available_bytes(device)
+    available = available_bytes(device) - state_bytes
+    if available < 0:
+        raise LoadError(
+            f"The states of recurrent layers take {format_bytes(state_bytes)} for {config.max_num_seqs} sequences "
+            f"(max_num_seqs), of {format_bytes(available + state_bytes)} available. Lower max_num_seqs."
+        )
     wanted = config.max_model_len or context or 4096
     if config.max_total_tokens is not None:
         tokens = config.max_total_tokens
     elif config.kv_cache_memory is not None:
-        tokens = parse_bytes(config.kv_cache_memory) // token_bytes
+        tokens = parse_bytes(config.kv_cache_memory) // max(1, token_bytes)
     else:
-        tokens = min(config.max_num_seqs * wanted, int(available * CACHE_FRACTION) // token_bytes)
+        tokens = min(config.max_num_seqs * wanted, int(available * CACHE_FRACTION) // max(1, token_bytes))
         tokens = -(-tokens // config.block_size) * config.block_size
     blocks = tokens // config.block_size
     nbytes = blocks * config.block_size * token_bytes
     if blocks < 1 or nbytes > available:
         raise LoadError(
             f"A KV cache of {blocks * config.block_size} tokens takes {format_bytes(nbytes)} ({token_bytes} bytes a token), "
-            f"of {format_bytes(available)} available. At most {available // token_bytes} tokens fit; "
+            f"of {format_bytes(available)} available. At most {available // max(1, token_bytes)} tokens fit; "
             f"it needs room for one block of {config.block_size}."
         )
     capacity = blocks * config.block_size

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attention.base import AttentionSpec
 from attention.registry import Selection
+from attention.states import bytes_per_sequence
 from runtime.errors import some
 from runtime.memory import CacheSize, format_bytes
 
 if TYPE_CHECKING:
+    from attention.hf import Layers
     from runtime.loader import LoadedModel
     from runtime.plan import LoadPlan, ModulePlan
 
@@ -33,7 +34,7 @@ def load_report(loaded: LoadedModel) -> str:
 
 def engine_report(
     loaded: LoadedModel,
-    specs: Sequence[AttentionSpec],
+    layers: Layers,
     selection: Selection,
     size: CacheSize,
     kv_dtype: torch.dtype,
@@ -42,7 +43,7 @@ def engine_report(
     """The load report, with attention and the KV cache."""
     token_bytes = size.nbytes // size.tokens
     lines = [
-        *attention_lines(specs, selection),
+        *attention_lines(layers, selection),
         (
             "kv cache",
             f"{size.tokens} tokens ({format_bytes(size.nbytes)}, {format_bytes(token_bytes)} a token, "
@@ -81,12 +82,24 @@ def plan_lines(plan: LoadPlan) -> list[tuple[str, str]]:
     return lines
 
 
-def attention_lines(specs: Sequence[AttentionSpec], selection: Selection) -> list[tuple[str, str]]:
-    """Label and text of what attends to what, and through which backend."""
-    why = "".join(f"; {name} refused: {reason}" for name, reason in selection.refusals.items())
-    kinds = Counter(str(spec) for spec in specs)
-    shapes = "; ".join(f"{count} x {kind}" for kind, count in kinds.items())
-    return [("attention", f"{selection.backend.summary}{why}: {shapes}")]
+def attention_lines(layers: Layers, selection: Selection) -> list[tuple[str, str]]:
+    """Label and text of what attends to what, and through which backend; of recurrent layers, what they keep."""
+    lines = []
+    if layers.attention:
+        why = "".join(f"; {name} refused: {reason}" for name, reason in selection.refusals.items())
+        kinds = Counter(str(spec) for spec in layers.attention)
+        shapes = "; ".join(f"{count} x {kind}" for kind, count in kinds.items())
+        lines.append(("attention", f"{selection.backend.summary}{why}: {shapes}"))
+    if layers.mixers:
+        whole = "" if all(mixer.continues for mixer in layers.mixers) else "; prompts are computed in one piece"
+        lines.append(
+            (
+                "states",
+                f"{len(layers.mixers)} recurrent layers keep {format_bytes(bytes_per_sequence(layers.mixers))} a "
+                f"sequence; prefixes are not shared{whole}",
+            )
+        )
+    return lines
 
 
 def inspect_text(plan: LoadPlan, attention: Sequence[tuple[str, str]]) -> str:

@@ -184,7 +184,7 @@ class Request:
     ``computed`` tokens from the left have their keys and values in ``blocks``; a preempted request starts at 0 again.
     ``scored`` prompt tokens have had their log-probabilities reported, which a preemption does not take back. The first
     ``cached`` tokens were found in the cache on first admission, at the time ``started``. ``chain`` identifies the full
-    blocks in the prefix cache.
+    blocks in the prefix cache. ``slot`` is where recurrent layers keep its state while it runs.
     """
 
     uid: int
@@ -200,6 +200,7 @@ class Request:
     blocks: list[int] = field(default_factory=list)
     chain: list[int] = field(default_factory=list)
     cached: int = 0
+    slot: int | None = None
     arrived: float = field(default_factory=time.monotonic)
     started: float | None = None
     matcher: Matcher | None = None

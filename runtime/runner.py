@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from attention.base import AttentionBackend, AttentionBatch, AttentionSpec
 from attention.hf import forward_batch
 from attention.kv_cache import KVCache
+from attention.states import Segment, StateCache
 from runtime.grammar import GrammarError
 from runtime.request import Request, TokenLogprob
 from runtime.sampling import logprobs_of, penalized, sample
@@ -33,14 +34,22 @@ class StepResult:
 
 
 class Runner:
-    """Owns the KV cache and the model; knows nothing of queues or text."""
+    """Owns the KV cache, the states of recurrent layers and the model; knows nothing of queues or text."""
 
-    def __init__(self, model: nn.Module, specs: list[AttentionSpec], backend: AttentionBackend, cache: KVCache):
+    def __init__(
+        self,
+        model: nn.Module,
+        specs: list[AttentionSpec],
+        backend: AttentionBackend,
+        cache: KVCache,
+        states: StateCache | None = None,
+    ):
         self.model = model
         self.specs = specs
         self.backend = backend
         self.cache = cache
-        self.device = cache.k[0].device
+        self.states = states
+        self.device = next(model.parameters()).device
         self._keeps_logits = bool(cast(Any, model)._supports_logits_to_keep())
 
     @torch.inference_mode()
@@ -48,7 +57,7 @@ class Runner:
         """Run the chunks of a plan; keys and values are written, a token is sampled where a chunk reaches the end."""
         ids, positions, batch = self._pack(plan)
         rows = self._wanted_rows(plan)
-        logits = self._forward(ids, positions, batch, [row for _, row, _ in rows])
+        logits = self._forward(ids, positions, batch, self._segments(plan), [row for _, row, _ in rows])
         return self._read(rows, logits)
 
     def _pack(self, plan: Plan) -> tuple[Tensor, Tensor, AttentionBatch]:
@@ -61,6 +70,16 @@ class Runner:
         )
         ids = [token for chunk in plan for token in chunk.request.ids(chunk.start, chunk.stop)]
         return torch.tensor([ids], device=self.device), batch.positions()[None], batch
+
+    def _segments(self, plan: Plan) -> list[Segment]:
+        """Where the states of each sequence are, if the model keeps any."""
+        segments: list[Segment] = []
+        first = 0
+        for chunk in plan if self.states else ():
+            assert chunk.request.slot is not None
+            segments.append(Segment(chunk.request.slot, first, chunk.size, fresh=chunk.start == 0))
+            first += chunk.size
+        return segments
 
     @staticmethod
     def _wanted_rows(plan: Plan) -> list[tuple[Request, int, int | None]]:
@@ -79,11 +98,13 @@ class Runner:
             first += chunk.size
         return rows
 
-    def _forward(self, ids: Tensor, positions: Tensor, batch: AttentionBatch, rows: list[int]) -> Tensor:
+    def _forward(
+        self, ids: Tensor, positions: Tensor, batch: AttentionBatch, segments: list[Segment], rows: list[int]
+    ) -> Tensor:
         """Logits ``[len(rows), vocabulary]`` in float32."""
         keep = torch.tensor(rows or [0], device=self.device)
         options = {"logits_to_keep": keep} if self._keeps_logits else {}
-        with forward_batch(batch, self.cache, self.backend, self.specs):
+        with forward_batch(batch, self.cache, self.backend, self.specs, self.states, segments):
             logits = self.model(input_ids=ids, position_ids=positions, use_cache=False, **options).logits[0]
         return (logits if self._keeps_logits else logits[keep]).float()
 

@@ -39,13 +39,19 @@ Plan = list[Chunk]
 
 
 class Scheduler:
-    """Requests wait in order of arrival, run together, and are forgotten when they end."""
+    """Requests wait in order of arrival, run together, and are forgotten when they end.
 
-    def __init__(self, pool: BlockPool, max_batched_tokens: int, max_running: int):
+    ``whole_prompts``: a prompt is computed in one piece, beyond ``max_batched_tokens`` if it must be. A running request
+    owns one of ``max_running`` slots for the state of recurrent layers.
+    """
+
+    def __init__(self, pool: BlockPool, max_batched_tokens: int, max_running: int, *, whole_prompts: bool = False):
         self.pool = pool
+        self.whole_prompts = whole_prompts
         self.max_batched_tokens = max_batched_tokens
         # A decode needs one token of the budget: more running requests than that would starve the youngest.
         self.max_running = min(max_running, max_batched_tokens)
+        self._slots = list(range(self.max_running))
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.preemptions = 0
@@ -74,6 +80,8 @@ class Scheduler:
             self.pool.register(chunk.request, chunk.stop)
         while budget and self.waiting and len(self.running) < self.max_running:
             request = self.waiting[0]
+            if self.whole_prompts and budget < min(len(request), self.max_batched_tokens):
+                break
             found = self.pool.match(request)
             # Room for all of its tokens and one more: with less it would be preempted at once.
             if self.running and not self.pool.fits(len(request) + 1, found):
@@ -82,11 +90,12 @@ class Scheduler:
             self._start(request, found)
             self._reserve(request, budget, plan)
             self.pool.register(request, plan[request].stop)
-            budget -= plan[request].size
+            budget = max(0, budget - plan[request].size)
         return list(plan.values())
 
     def _start(self, request: Request, found: list[int]) -> None:
         self.running.append(request)
+        request.slot = self._slots.pop()
         self.pool.adopt(request, found)
         if request.started is None:
             request.started = time.monotonic()
@@ -94,9 +103,9 @@ class Scheduler:
 
     def _reserve(self, request: Request, budget: int, plan: dict[Request, Chunk]) -> bool:
         """Put the next chunk of ``request`` into the plan; the youngest others make room. ``False``: it went itself."""
-        count = min(len(request) - request.computed, budget)
-        if request.scores_prompt:
-            count = min(count, SCORED_ROWS)
+        count = len(request) - request.computed
+        if not self.whole_prompts:
+            count = min(count, budget, SCORED_ROWS if request.scores_prompt else count)
         while not self.pool.grow(request, request.computed + count):
             victim = self.running[-1]
             self._preempt(victim)
@@ -107,10 +116,16 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request) -> None:
-        self.running.remove(request)
+        self._stop(request)
         self.pool.release(request)
         self.waiting.appendleft(request)
         self.preemptions += 1
+
+    def _stop(self, request: Request) -> None:
+        self.running.remove(request)
+        assert request.slot is not None
+        self._slots.append(request.slot)
+        request.slot = None
 
     def commit(self, plan: Plan, sampled: Mapping[Request, int]) -> dict[Request, FinishReason]:
         """Record a finished step: appends the sampled tokens and returns the requests that ended, blocks released."""
@@ -129,7 +144,7 @@ class Scheduler:
     def remove(self, request: Request) -> None:
         """Forget a request in any state and free its blocks; one that is already gone is no error."""
         if request in self.running:
-            self.running.remove(request)
+            self._stop(request)
         elif request in self.waiting:
             self.waiting.remove(request)
         self.pool.release(request)

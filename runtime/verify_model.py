@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from attention.base import AttentionBatch, AttentionError, UnsupportedAttention
 from attention.hf import NAME as PAGED
-from attention.hf import forward_batch, read_specs
+from attention.hf import forward_batch, read_layers, separate_states
 from attention.kv_cache import KVCache
 from attention.registry import select
+from attention.states import Segment, StateCache
 from quant.linear import QuantLinear
 from quant.reference import linear
 from runtime.errors import LoadError
@@ -69,7 +70,7 @@ def compare(plan: LoadPlan, weights: StoredWeights, ids: list[int]) -> Compariso
     """Run ``ids`` both ways. ``plan`` must be in float32. Raises :class:`LoadError` if the model cannot be loaded."""
     assert plan.dtype == torch.float32, plan.dtype
     try:
-        specs = read_specs(plan.config, plan.trust_remote_code)
+        specs, mixers = read_layers(plan.config, plan.trust_remote_code)
         backend = select(specs, plan.device, None).backend
         found = Comparison(f"{backend.name}, paged")
     except UnsupportedAttention as error:
@@ -85,7 +86,10 @@ def compare(plan: LoadPlan, weights: StoredWeights, ids: list[int]) -> Compariso
             blocks = -(-len(ids) // BLOCK)
             cache = KVCache(specs, blocks, BLOCK, plan.dtype, plan.device)
             batch = AttentionBatch.pack([len(ids)], [len(ids)], [list(range(blocks))], BLOCK, plan.device)
-            with forward_batch(batch, cache, backend, specs):
+            separate_states(model)
+            states = StateCache(mixers, 1, plan.device) if mixers else None
+            whole = [Segment(0, 0, len(ids), fresh=True)]
+            with forward_batch(batch, cache, backend, specs, states, whole):
                 served = model(input_ids=tokens, position_ids=batch.positions()[None], use_cache=False).logits[0]
             cast(Any, model).set_attn_implementation("eager")
     with _hidden_states(model) as theirs, _dequantized(model, weights, found.linears):

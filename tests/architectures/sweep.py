@@ -89,6 +89,11 @@ def how(engine: Engine) -> str:
     layers = engine.loaded.plan.config.get_text_config(decoder=True).num_hidden_layers
     if len(specs) > layers:
         traits.append(f"{len(specs)} attention calls in {layers} layers, a cache slot for each")
+    mixers = engine.layers.mixers
+    if mixers:
+        traits.append(f"{len(mixers)} recurrent layers, a state for each sequence")
+    if not all(mixer.continues for mixer in mixers):
+        traits.append("prompts in one piece")
     if any(tempers_rows(module) for module in model.modules()):
         traits.append("queries scaled by position instead of row")
     return ", ".join(traits)

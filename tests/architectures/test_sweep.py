@@ -12,7 +12,18 @@ from runtime.engine import Engine
 from tests.architectures.sweep import BITE, ENGINE, PROMPTS, bite, compare, eager_model, examine, serve
 from tests.architectures.table import TABLE, TYPES, render, versions, written
 
-ALWAYS = ("deepseek_v3", "gemma2", "gpt_oss", "llama", "llama4_text")
+ALWAYS = (
+    "deepseek_v3",
+    "falcon_h1",
+    "gemma2",
+    "gpt_oss",
+    "jamba",
+    "llama",
+    "llama4_text",
+    "mamba",
+    "mamba2",
+    "qwen3_next",
+)
 """Kinds that the everyday test must not miss; the rest are every third type by name."""
 EVERYDAY = sorted({*TYPES[::3], *ALWAYS})
 

@@ -143,6 +143,7 @@ _GEMMA4: dict[str, Any] = {
 }
 
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3]},
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "rope_parameters": {
@@ -166,11 +167,16 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma4_text": _GEMMA4,
     "gemma4_unified": {"text_config": _GEMMA4},
     "gemma4_unified_text": _GEMMA4,
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": {"zero_expert_num": 2, "ffn_hidden_size": 48},
     "mamba2": {"num_heads": 8},
+    # In prompts, but not in decoding, Transformers raises time steps to this least one: with any other it is not its own equal.
+    "nemotron_h": {"time_step_min": 1e-30},
     "nemotron": {"num_key_value_heads": 2},
+    "zamba2": {"time_step_min": 1e-30},  # as nemotron_h
     "zamba": {"attention_head_dim": 16, "attention_hidden_size": 64},
     "zaya": {"num_experts_per_tok": 1},
 }

@@ -195,13 +195,8 @@ SMALL = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "v
 @pytest.mark.parametrize(
     ("model_type", "options", "reason"),
     [
-        ("mamba", {}, r"2 of its 2 layers keep a state other than keys and values \(LinearAttentionLayer\)"),
-        (
-            "falcon_h1",
-            {"mamba_d_ssm": 32, "mamba_n_heads": 4},
-            "2 of its 2 layers keep a state other than keys and values",
-        ),
-        ("qwen3_next", {"layer_types": ["linear_attention", "full_attention"]}, "1 of its 2 layers keep a state"),
+        ("mamba", {}, "2 of its layers keep a recurrent state"),
+        ("recurrent_gemma", {}, r"2 of its 2 layers keep a state other than keys and values \(LinearAttentionLayer\)"),
         ("bert", {}, r"bert\.encoder\.layer\.0\.attention\.self \(BertSelfAttention\): it is not causal"),
         ("llama", {"is_causal": False}, r"model\.layers\.0\.self_attn .*: it is not causal"),
         ("falcon", {"alibi": True}, "falcon: no causal language model with exchangeable attention"),

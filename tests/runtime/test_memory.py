@@ -70,3 +70,15 @@ def test_bad_options_are_named() -> None:
             EngineConfig(model="x", **options)
     with pytest.raises(LoadError, match="give one of them"):
         EngineConfig(model="x", max_total_tokens=5, kv_cache_memory=5)
+
+
+def test_states_of_recurrent_layers_are_taken_from_what_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 10_000)
+    config = EngineConfig(model="x", max_num_seqs=4)
+    without = memory.size_cache(config, 10, 4096, CPU)
+    beside = memory.size_cache(config, 10, 4096, CPU, state_bytes=5_000)
+    assert (without.tokens, beside.tokens) == (512, 256)
+    with pytest.raises(LoadError, match=r"recurrent layers take .* for 4 sequences .* Lower max_num_seqs"):
+        memory.size_cache(config, 10, 4096, CPU, state_bytes=20_000)
+    recurrent_only = memory.size_cache(config, 0, 64, CPU, state_bytes=5_000)
+    assert (recurrent_only.tokens, recurrent_only.nbytes) == (4 * 64, 0)
