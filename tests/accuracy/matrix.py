@@ -73,6 +73,12 @@ def _int(bits: int, group: int, **options: Any) -> Row:
     return Row(f"int{bits}-{size}", "rounded", kind=kind, group=group, zero_point=True, **options)
 
 
+def _on_load(name: str) -> Row:
+    """What ``--quantization NAME`` makes of the dense checkpoint while it loads."""
+    config = _plain("demo-bf16", quantization=name, kernel="reference")
+    return Row(f"load-{name}", "on load", config, tolerance=ROUNDED if name == "fp8" else EXACT)  # fp8 rounds inputs
+
+
 ROWS = {
     row.name: row
     for row in (
@@ -86,6 +92,7 @@ ROWS = {
         Row("nf4-b64", "float", kind=WeightKind.NF4, group=64),
         Row("fp4-b64", "float", kind=WeightKind.FP4, group=64),
         Row("mxfp4", "float", kind=WeightKind.E2M1, group=32),
+        _on_load("int4"), _on_load("fp8"), _on_load("mxfp4"),
         Row("w8a8-int8", "inputs or KV", kind=WeightKind.INT8, activation=Activation(WeightKind.INT8), tolerance=ROUNDED),
         Row("kv-int8", "inputs or KV", _plain("demo-bf16", kv_cache_dtype="int8"), tolerance=ROUNDED),
         Row("kv-fp8", "inputs or KV", _plain("demo-bf16", kv_cache_dtype="fp8_e4m3"), tolerance=ROUNDED),
@@ -192,7 +199,7 @@ def figures() -> dict[str, str]:
     weights = sum(m.shape.in_features * m.shape.out_features for m in plan.modules.values() if m.nbytes)
     others = 2 * plan.other_bytes / plan.dtype.itemsize
     found = {name: (base["bits_per_weight"], base["metrics"]["mean_kl"]["value"]) for name, base in committed().items()}
-    found = {name: point for name, point in found.items() if ROWS[name].family != "inputs or KV"}
+    found = {name: point for name, point in found.items() if ROWS[name].family not in ("inputs or KV", "on load")}
     bits = {name: (x if ROWS[name].family != "16 bit" else 16.0, kl) for name, (x, kl) in found.items()}
     sizes = {name: ((x * weights / 8 + others) / 1e6, kl) for name, (x, kl) in bits.items()}
     return {
