@@ -1,6 +1,6 @@
 """How long ``relinear eval diff`` takes on the shape of a 1B model. The weights are random: its KL means nothing.
 
-    python -m benchmarks.evaluation --tokens 20000
+python -m benchmarks.evaluation --tokens 20000
 """
 
 from __future__ import annotations
