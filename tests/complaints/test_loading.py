@@ -75,16 +75,15 @@ def test_tied_embeddings_and_a_stored_head(tmp_path: Path) -> None:
         torch.testing.assert_close(expected, model(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_a_quantized_embedding_is_refused_by_name(tmp_path: Path) -> None:
-    folder = copy(FP8, tmp_path)
-
-    def quantize(tensors: dict[str, Tensor]) -> None:
-        tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].to(torch.float8_e4m3fn)
-        tensors["model.embed_tokens.weight_scale_inv"] = torch.ones(4, 2)
-
-    edit_tensors(folder, quantize)
-    with pytest.raises(LoadError, match=r"model\.embed_tokens\.weight"):
-        load_model(folder)
+def test_a_quantized_embedding_means_what_its_codes_and_scales_say(tmp_path: Path) -> None:
+    name = "model.embed_tokens.weight"
+    scale = torch.arange(1.0, 9.0).view(4, 2) / 4
+    codes = copy(FP8, tmp_path / "codes")
+    edit_tensors(codes, lambda t: t.update({name: t[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": scale}))
+    dense = copy(FP8, tmp_path / "dense")
+    every = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
+    edit_tensors(dense, lambda t: t.update({name: t[name].to(torch.float8_e4m3fn).float() * every}))
+    torch.testing.assert_close(logits(codes, dtype="float32"), logits(dense, dtype="float32"), rtol=1e-5, atol=1e-5)
 
 
 def test_awq_in_every_dtype(tmp_path: Path) -> None:
