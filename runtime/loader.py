@@ -108,9 +108,10 @@ class PlannedQuantizer(HfQuantizer):
     def quantized_element_size(self) -> float | None:
         return self.streaming.bytes_per_weight if self.streaming else None
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        # Transformers hands the model over as well from 5.18 on.
         conversions = self.quantization_config.plan.experts.conversions(weight_conversions)
-        return list(super().update_weight_conversions(conversions, model))
+        return list(super().update_weight_conversions(conversions, *model))
 
     def get_weight_conversions(self) -> list[Any]:
         """Stored names that no buffer can have."""
