@@ -77,6 +77,10 @@ def resolve(config: Mapping[str, Any], headers: Mapping[str, TensorSpec], asked:
     if not answers:
         broken = "".join(f" {error}." for error in broken_plugins())
         known = f"{', '.join(known_methods())}.{broken}"
+        if not stored:
+            raise UnsupportedCheckpoint(
+                f"the quantization configuration has no quant_method. Add the format that the file is in: {known}"
+            )
         if why := refusal(stored):
             raise UnsupportedCheckpoint(f"quant_method {stored!r} is not supported: {why} Known formats: {known}")
         raise UnsupportedCheckpoint(

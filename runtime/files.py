@@ -12,6 +12,9 @@ from runtime.errors import LoadError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+SIDE_FILE = "quantize_config.json"
+QUANTIZED_FILE = r"(?i).*(gptq|awq|[2-8]-?bit).*\.safetensors(\.index\.json)?"
+SHARD = r"-\d+-of-\d+\.safetensors$"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 GGUF_REFUSAL = (
@@ -41,18 +44,20 @@ def read_json(path: Path) -> dict[str, Any]:
 def weights_name(folder: Path, quantization: dict[str, Any]) -> str:
     """The file, or the index of the files, that holds the weights.
 
-    auto-gptq names its file after the quantization, and says so in ``model_file_base_name`` or not at all; it looks in
-    this order itself (auto-gptq 0.7.1, ``modeling/_base.py``).
+    auto-gptq names its file after the quantization, and says so in ``model_file_base_name``, if only in its side file, or
+    not at all; it looks in this order itself (auto-gptq 0.7.1, ``modeling/_base.py``). Other names that speak of a
+    quantization, as llm-awq's ``awq_model_w4_g128.safetensors``, count if there is one only.
     """
     found = sorted(path.name for path in folder.iterdir())
-    base = quantization.get("model_file_base_name")
+    side = read_json(folder / SIDE_FILE) if SIDE_FILE in found else {}
+    base = quantization.get("model_file_base_name") or side.get("model_file_base_name")
     stems = [base] if isinstance(base, str) and Path(base).name == base else []
     stems += [f"gptq_model-{quantization.get('bits')}bit-{quantization.get('group_size')}g", "model"]
     for stem in stems:
         for name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
             if (folder / name).is_file():
                 return name
-    others = [name for name in found if re.fullmatch(r"gptq_model-.*\.safetensors(\.index\.json)?", name)]
+    others = [name for name in found if re.fullmatch(QUANTIZED_FILE, name) and not re.search(SHARD, name)]
     if len(others) == 1:
         return others[0]
     if others:

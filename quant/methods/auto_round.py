@@ -27,6 +27,7 @@ from quant.methods.selection import Selection, method_of
 NAMES = ("auto-round", "intel/auto-round")
 ELSEWHERE = {
     "fp8": "its weights are FP8; export it again in format llm_compressor or fp8",
+    "gguf": "GGUF is not supported, by design; export it again as auto_round:auto_gptq or auto_round:auto_awq",
     "mlx": "its tensors are MLX's, for Apple's GPUs",
     "fake": "its weights are dense and only rounded; remove quantization_config to load them",
 }

@@ -63,6 +63,11 @@ class BitsAndBytes(QuantMethod):
         method = method_of(config)
         if not (method.startswith("bitsandbytes") or (not method and (four or eight))):
             return None
+        if not (four or eight) and "block_size" in config:
+            raise UnsupportedCheckpoint(
+                f"quantization_config: format {config.get('format')!r} with block_size is GPTQModel's own arrangement of "
+                "bitsandbytes tensors (weight_absmax, weight_scb), which is not supported. Use a copy that Transformers wrote."
+            )
         if four == eight:
             raise BadCheckpoint(
                 f"quantization_config: load_in_4bit and load_in_8bit are both {four}; exactly one of them must be true."

@@ -3,13 +3,15 @@
 One method name, several families of tensors: DeepSeek-V3, Qwen3-FP8 and Transformers' FineGrainedFP8 store
 ``weight_scale_inv`` (it multiplies all the same), one a block of ``weight_block_size`` or one in all; AutoFP8 and vLLM
 ``weight_scale`` and, static, ``input_scale``; Mistral ``qscale_weight`` and ``qscale_act``; fbgemm one scale a row.
+GPTQModel's ``weight_scale_inv`` alone is what it is called, a divisor: it says ``weight_scale_semantics: inverse``.
 Scales are floats or, ``ue8m0``, powers of two. The last block of a row or column may be short.
 
 Inputs are quantized when the model runs: static by the stored scale; dynamic per token, blocks of weights also per
 block of inputs, absmax on 448. A dynamic scale for a whole tensor is taken per token (as vLLM's CUTLASS kernels do).
 That serves FP8 units: Transformers dequantizes on a CPU and leaves inputs alone, vLLM does so on GPUs without such
 units, and so does this on a CPU unless told otherwise. Sources: Transformers 5.23 ``integrations/finegrained_fp8.py``
-and ``fbgemm_fp8.py``, vLLM 0.33 ``model_executor/layers/quantization/fp8.py``, DeepSeek-V3 ``inference/kernel.py``.
+and ``fbgemm_fp8.py``, vLLM 0.33 ``model_executor/layers/quantization/fp8.py``, DeepSeek-V3 ``inference/kernel.py``,
+GPTQModel 7.7.0 ``nn_modules/qlinear/fp8.py`` (``quantize_fp8_weight``).
 """
 
 from __future__ import annotations
@@ -50,10 +52,11 @@ FBGEMM_CLAMP = 1200.0
 @dataclass(frozen=True)
 class FP8(QuantMethod):
     """``block`` ``None`` is one scale a weight or a row, whichever is stored; ``inputs`` is the dynamic quantization of
-    inputs, ``None`` if they have static scales."""
+    inputs, ``None`` if they have static scales; ``divides``: stored scales of weights are divisors."""
 
     stored_as: str
     block: tuple[int, int] | None
+    divides: bool
     inputs: Activation | None
     skipped: SkipList
     headers: Mapping[str, TensorSpec]
@@ -81,10 +84,14 @@ class FP8(QuantMethod):
                 f"activation_scheme 'static' together with weight_block_size {list(block)} (quantization_config) is not "
                 "defined: blocks of weights go with dynamic scales per block of inputs. The configuration is wrong."
             )
+        if (semantics := str(config.get("weight_scale_semantics") or "").lower()) not in ("", "inverse"):
+            raise UnsupportedCheckpoint(
+                f"weight_scale_semantics {semantics!r} (quantization_config) is not known, only 'inverse': whether scales "
+                "multiply or divide is not said. Use a copy written by another tool."
+            )
         skipped = SkipList.of(config, SKIP_LISTS, matching.components)
-        return cls(
-            method, block, _dynamic(method, block, config) if activation == "dynamic" else None, skipped, headers
-        )
+        inputs = _dynamic(method, block, config) if activation == "dynamic" else None
+        return cls(method, block, bool(semantics), inputs, skipped, headers)
 
     @property
     def summary(self) -> str:
@@ -116,6 +123,8 @@ class FP8(QuantMethod):
         return self.skipped.unmatched(layers)
 
     def ignored(self, name: str) -> str | None:
+        if name.endswith(".input_scale_ub"):
+            return "the clamp of fbgemm's inputs, which quantization_config has as activation_scale_ub"
         return kv_scale_reason(name)
 
     def tensors(self, layer: str, shape: LinearShape) -> dict[str, TensorSpec]:
@@ -128,6 +137,7 @@ class FP8(QuantMethod):
 
     def repack(self, tensors: Mapping[str, Tensor], scheme: Scheme, shape: LinearShape) -> QuantWeight:
         scale = next(tensors[local] for local in WEIGHT_SCALES if local in tensors)
+        scale = 1 / scale.float() if self.divides else scale
         static = next((tensors[local] for local in INPUT_SCALES if local in tensors), None)
         return QuantWeight(
             scheme=scheme,

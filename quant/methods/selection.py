@@ -14,6 +14,7 @@ from quant import matching
 from quant.base import BadCheckpoint, TensorSpec, UnsupportedCheckpoint
 from quant.matching import NO_RULES, Rules
 
+METHOD = ("quant_method", "method")
 BITS = ("bits", "w_bit", "wbits")
 GROUP_SIZE = ("group_size", "q_group_size")
 FORMAT = ("checkpoint_format", "format", "version")
@@ -26,8 +27,8 @@ def read(config: Mapping[str, Any], names: Iterable[str], default: Any = None) -
 
 
 def method_of(config: Mapping[str, Any]) -> str:
-    """``quant_method`` in small letters, empty if there is none."""
-    return str(config.get("quant_method") or "").lower()
+    """``quant_method``, or GPTQModel's ``method``, in small letters; empty if there is none."""
+    return str(read(config, METHOD, "")).lower()
 
 
 def names_in(config: Mapping[str, Any], field: str) -> tuple[str, ...]:

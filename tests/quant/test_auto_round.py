@@ -135,6 +135,7 @@ def test_the_name_confirms() -> None:
         ({"packing_format": "auto_round:fake"}, "only rounded"),
         ({"packing_format": "auto_round:mx_fp"}, "'auto_round:mx_fp'.*not known; known: auto_round:auto_gptq"),
         ({"packing_format": "mlx"}, "Apple"),
+        ({"packing_format": "gguf:q4_k_m"}, "GGUF is not supported, by design"),
     ],
 )
 def test_what_is_refused_by_name(config: dict[str, Any], message: str) -> None:

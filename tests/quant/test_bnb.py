@@ -107,6 +107,7 @@ def test_gpu_arrangements_of_int8_are_refused_by_name() -> None:
         (FOUR | {"bnb_4bit_quant_type": "int4"}, UnsupportedCheckpoint, "bnb_4bit_quant_type 'int4'"),
         (FOUR | {"load_in_8bit": True}, BadCheckpoint, "load_in_4bit and load_in_8bit are both True"),
         (EIGHT | {"llm_int8_has_fp16_weight": True}, UnsupportedCheckpoint, "llm_int8_has_fp16_weight"),
+        ({"quant_method": "bitsandbytes", "format": "nf4", "block_size": 64}, UnsupportedCheckpoint, "GPTQModel's own"),
     ],
 )
 def test_configurations_that_cannot_be_read(config: dict[str, Any], error: type[Exception], message: str) -> None:

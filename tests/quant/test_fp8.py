@@ -57,6 +57,25 @@ def test_every_name_and_shape_of_a_scale(name: str, shape: tuple[int, ...]) -> N
     assert torch.equal(dequantize(found(TENSOR, tensors)), expected)
 
 
+@pytest.mark.parametrize("shape", [(), (72,), (1, 2)])
+def test_scales_of_gptqmodel_are_divisors(shape: tuple[int, ...]) -> None:
+    """``quantize_fp8_weight`` stores ``448 / absmax`` and says so."""
+    divisor = torch.rand(shape) * 1000 + 400
+    tensors = layer(weight_scale_inv=divisor)
+    config = {"quant_method": "fp8", "format": "float8_e4m3fn", "weight_scale_semantics": "inverse"}
+    block = {"weight_scale_method": "block", "weight_block_size": [128, 128]} if len(shape) == 2 else {}
+    spread = divisor[0].repeat_interleave(128)[:200] if block else divisor.view(-1, 1)
+    torch.testing.assert_close(dequantize(found(config | block, tensors)), tensors["a.weight"].float() / spread)
+    with pytest.raises(UnsupportedCheckpoint, match="weight_scale_semantics 'direct'"):
+        make(config | {"weight_scale_semantics": "direct"}, tensors)
+
+
+def test_the_clamp_that_old_fbgemm_files_store_needs_no_owner() -> None:
+    method = make({"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, {})
+    assert "activation_scale_ub" in (method.ignored("model.layers.0.mlp.up_proj.input_scale_ub") or "")
+    assert method.ignored("model.layers.0.mlp.up_proj.weight_scale") is None
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e8m0fnu])
 def test_scales_that_are_powers_of_two(dtype: torch.dtype) -> None:
     codes = torch.randint(118, 130, (1, 2), dtype=torch.uint8)

@@ -30,6 +30,12 @@ def test_a_name_that_nobody_knows() -> None:
         registry.resolve({"quant_method": "new"}, {})
 
 
+def test_a_configuration_without_a_method() -> None:
+    with pytest.raises(UnsupportedCheckpoint, match=r"has no quant_method\. Add the format.* gptq"):
+        registry.resolve({"bits": 4}, {})
+    assert registry.resolve({"method": "gptq", "bits": 4, "sym": True}, {}).name == "gptq"  # GPTQModel's own spelling
+
+
 @pytest.mark.parametrize(
     ("stored", "asked"),
     [

@@ -236,6 +236,25 @@ def test_a_base_name_outranks_every_other(gptq: Path) -> None:
     assert Checkpoint.open(gptq).weights == GPTQ_FILE, "a base name does not leave the folder"
 
 
+def test_a_base_name_that_only_the_side_file_has(gptq: Path) -> None:
+    (gptq / GPTQ_FILE).rename(gptq / "mine.safetensors")
+    shutil.copy(gptq / "mine.safetensors", gptq / "other.safetensors")
+    with pytest.raises(LoadError, match="neither"):
+        Checkpoint.open(gptq)
+    side = json.loads((gptq / "quantize_config.json").read_text())
+    (gptq / "quantize_config.json").write_text(json.dumps(side | {"model_file_base_name": "mine"}))
+    assert Checkpoint.open(gptq).weights == "mine.safetensors"
+
+
+@pytest.mark.parametrize("name", ["awq_model_w4_g128", "wizard-13B-GPTQ", "pygmalion-4bit-32g"])
+def test_a_single_file_whose_name_speaks_of_a_quantization(gptq: Path, name: str) -> None:
+    (gptq / GPTQ_FILE).rename(gptq / f"{name}.safetensors")
+    assert Checkpoint.open(gptq).weights == f"{name}.safetensors"
+    (gptq / f"{name}.safetensors").rename(gptq / f"{name}-00001-of-00002.safetensors")
+    with pytest.raises(LoadError, match="neither"):
+        Checkpoint.open(gptq)
+
+
 def test_several_quantized_models_in_a_folder(gptq: Path) -> None:
     for name in ("gptq_model-a.safetensors", "gptq_model-b.safetensors"):
         shutil.copy(gptq / GPTQ_FILE, gptq / name)
