@@ -9,11 +9,11 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from runtime.errors import Error
 from runtime.server import completions, native
-from runtime.server.errors import STATUS, describe, error_response
+from runtime.server.errors import STATUS, ErrorBody, describe, error_response
 from runtime.server.gate import Gate
 from runtime.server.metrics import Metrics
 from runtime.server.options import ServerOptions
@@ -25,12 +25,18 @@ logger = logging.getLogger(__name__)
 
 def build_app(worker: Worker, options: ServerOptions, metrics: Metrics) -> FastAPI:
     """The ASGI application that serves ``worker``. Raises :class:`LoadError` for unusable options."""
-    app = FastAPI(title="relinear", version=native.package_version(), docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="relinear",
+        version=native.package_version(),
+        docs_url=None,
+        redoc_url=None,
+        responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
+    )
     app.state.service = Service(worker, options, metrics)
     app.include_router(completions.router)
     app.include_router(native.router)
-    app.add_api_route("/health", health)
-    app.add_api_route("/metrics", exposition)
+    app.add_api_route("/health", health, responses={503: {"description": "loading, draining, stuck or dead"}})
+    app.add_api_route("/metrics", exposition, response_class=PlainTextResponse)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Disconnected, _nobody)

@@ -16,12 +16,12 @@ from runtime.errors import InvalidRequest
 from runtime.request import Delta, SamplingParams, TokenLogprob
 from runtime.server.protocol import ChatRequest, CompletionRequest, OpenAI, many_prompts
 from runtime.server.reply import Piece, ReplyParser
-from runtime.server.service import Service
+from runtime.server.service import STREAMED, Service
 
 router = APIRouter()
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", responses=STREAMED)
 async def completions(body: CompletionRequest, request: Request) -> Response:
     service: Service = request.app.state.service
     service.require_model(body.model)
@@ -32,7 +32,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     return await _answer(request, service, TextWriter(service, body, params, prompts))
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", responses=STREAMED)
 async def chat(body: ChatRequest, request: Request) -> Response:
     service: Service = request.app.state.service
     service.require_model(body.model)
@@ -85,6 +85,7 @@ class Writer:
         self.params = params
         self.prompts = prompts
         self._tokenizer = service.tokenizer
+        self._tokens = service.tokens
         self._head = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -145,9 +146,6 @@ class Writer:
             "total_tokens": prompt + self._generated,
             "prompt_tokens_details": {"cached_tokens": sum(self._cached.values())},
         }
-
-    def _text(self, token: int) -> str:
-        return str(self._tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 class ChatWriter(Writer):
@@ -213,9 +211,8 @@ class ChatWriter(Writer):
         return {"content": rows, "refusal": None}
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self._text(token)
-        # A token that is part of a character has bytes, but this tokenizer does not say which.
-        return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
+        known = self._tokens.spelling(token)
+        return {"token": self._tokens.text(token), "logprob": logprob, "bytes": None if known is None else list(known)}
 
 
 class TextWriter(Writer):
@@ -258,7 +255,7 @@ class TextWriter(Writer):
         if self.body.echo:
             rows = [None, *delta.prompt_logprobs, *rows]
             tokens = [*self.prompts[place], *tokens]
-        names = [self._name(token) for token in tokens]
+        names = [self._tokens.name(token) for token in tokens]
         index = self._index(place, delta)
         offsets = []
         for name in names:
@@ -273,9 +270,4 @@ class TextWriter(Writer):
 
     def _best(self, row: TokenLogprob) -> dict[str, float]:
         """The best tokens and the one that stands there, which clients look up."""
-        return {self._name(token): logprob for token, logprob in (*row.top, (row.token_id, row.logprob))}
-
-    def _name(self, token: int) -> str:
-        """Tokens that are part of a character would share a name."""
-        text = self._text(token)
-        return f"token_id:{token}" if "\ufffd" in text else text
+        return {self._tokens.name(token): logprob for token, logprob in (*row.top, (row.token_id, row.logprob))}

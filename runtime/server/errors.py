@@ -6,6 +6,7 @@ import json
 import re
 from typing import Any
 
+from pydantic import BaseModel
 from starlette.responses import JSONResponse
 
 from runtime.errors import EngineDead, Error, InvalidRequest, Overloaded
@@ -39,6 +40,19 @@ STATUS: dict[type[Exception], int] = {
     NotReady: 503,
     EngineDead: 503,
 }
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The shape of :func:`error_body`, for the schema."""
+
+    error: ErrorDetail
 
 
 def error_body(status: int, message: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:

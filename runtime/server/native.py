@@ -15,12 +15,12 @@ from runtime.errors import InvalidRequest
 from runtime.request import Delta, FinishReason, SamplingParams, TokenLogprob
 from runtime.server.errors import error_response
 from runtime.server.protocol import DetokenizeRequest, GenerateRequest, TokenizeRequest, many_prompts
-from runtime.server.service import Service
+from runtime.server.service import STREAMED, Service
 
 router = APIRouter()
 
 
-@router.post("/generate")
+@router.post("/generate", responses=STREAMED)
 async def generate(body: GenerateRequest, request: Request) -> Response:
     service: Service = request.app.state.service
     params = body.params(service.defaults)
@@ -53,7 +53,7 @@ class NativeWriter:
         single: bool,
     ):
         self._engine = service.engine
-        self._tokenizer = service.tokenizer if service.engine.tokenizer is not None else None
+        self._tokens = service.tokens if service.engine.tokenizer is not None else None
         self._body, self._params, self._prompts, self._single = body, params, prompts, single
         self._id = body.rid or uuid.uuid4().hex
         self._begun = time.monotonic()
@@ -105,9 +105,9 @@ class NativeWriter:
         return [(logprob, token, self._word(token)) for token, logprob in row.top]
 
     def _word(self, token: int) -> str | None:
-        if not self._body.return_text_in_logprobs or self._tokenizer is None:
+        if not self._body.return_text_in_logprobs or self._tokens is None:
             return None
-        return str(self._tokenizer.decode([token]))
+        return self._tokens.text(token)
 
 
 def finish(delta: Delta) -> dict[str, Any] | None:
@@ -216,7 +216,7 @@ async def flush_cache(request: Request) -> dict[str, bool]:
     return {"success": True}
 
 
-@router.api_route("/v1/embeddings", methods=["GET", "POST"])
+@router.api_route("/v1/embeddings", methods=["GET", "POST"], include_in_schema=False)
 async def embeddings() -> Response:
     return error_response(404, "embeddings are not served: this is a generating model. Use /v1/completions.")
 

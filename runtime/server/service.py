@@ -27,12 +27,15 @@ from runtime.server.metrics import Metrics
 from runtime.server.options import ServerOptions
 from runtime.server.reply import ReplyFormat
 from runtime.server.template import RENDER_SECONDS, load_template, render
+from runtime.server.tokens import TokenTable
 from runtime.worker import Stream, Worker, failure_of
 
 PING_SECONDS = 15.0
 COMPILE_SECONDS = 20.0
 MAX_CHARACTERS_PER_TOKEN = 512
 """More than the longest runs of spaces or dashes that vocabularies have."""
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+"""For the schema of a route that answers with events if it is asked to."""
 
 T = TypeVar("T")
 Pieces = list[tuple[int, Delta]]
@@ -54,6 +57,7 @@ class Service:
         ReplyFormat.find(None, "", options.tool_call_parser, options.reasoning_parser)  # unknown names end the start
         self.created = int(time.time())
         self._tokenizer: Any = None
+        self._tokens: TokenTable | None = None
         self._reply_format: ReplyFormat | None = None
         # One thread: a fast tokenizer is not to be used from two at once.
         self._texts = ThreadPoolExecutor(1, thread_name_prefix="text")
@@ -78,6 +82,13 @@ class Service:
         if self._tokenizer is None:
             self._tokenizer = copy.deepcopy(self.engine.tokenizer)
         return self._tokenizer
+
+    @property
+    def tokens(self) -> TokenTable:
+        """What single tokens stand for. Raises :class:`InvalidRequest` if there is no tokenizer."""
+        if self._tokens is None:
+            self._tokens = TokenTable(self.tokenizer)
+        return self._tokens
 
     def require_model(self, name: str | None) -> None:
         if name is not None and name not in (self.name, self.worker.config.model):
