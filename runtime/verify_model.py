@@ -70,7 +70,7 @@ def compare(plan: LoadPlan, weights: StoredWeights, ids: list[int]) -> Compariso
     """Run ``ids`` both ways. ``plan`` must be in float32. Raises :class:`LoadError` if the model cannot be loaded."""
     assert plan.dtype == torch.float32, plan.dtype
     try:
-        specs, mixers = read_layers(plan.config, plan.trust_remote_code)
+        specs, _, mixers = read_layers(plan.config, plan.trust_remote_code)
         backend = select(specs, plan.device, None).backend
         found = Comparison(f"{backend.name}, paged")
     except UnsupportedAttention as error:
