@@ -40,7 +40,7 @@ class _Rows(ctypes.Structure):
 
 class _Pages(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("data", "scale")),
+        *((name, ctypes.c_void_p) for name in ("data", "scale", "fixed")),
         *((name, ctypes.c_int64) for name in ("type", "bytes")),
     ]
 
@@ -112,13 +112,13 @@ class CpuBackend(AttentionBackend):
         q, k, v = _computed_in(q), _stored_in(cache, k), _stored_in(cache, v)
         out = torch.empty(q.shape[0], spec.heads, spec.value_dim, dtype=q.dtype)
         sinks = None if sinks is None else sinks.detach().float().contiguous()
-        quantized = cache.quantized
+        k_scale, v_scale = (cache.k_scale[call], cache.v_scale[call]) if cache.quantized else (None, None)
         job = _Job(
             q=_rows(q),
             k=_rows(k),
             v=_rows(v),
-            keys=_pages(cache.k[call], cache.k_scale[call] if quantized else None),
-            values=_pages(cache.v[call], cache.v_scale[call] if quantized else None),
+            keys=_pages(cache.k[call], k_scale, cache.static[call].k),
+            values=_pages(cache.v[call], v_scale, cache.static[call].v),
             out=out.data_ptr(),
             sinks=None if sinks is None else sinks.data_ptr(),
             slots=batch.slots.data_ptr(),
@@ -171,5 +171,6 @@ def _rows(tensor: Tensor) -> _Rows:
     return _Rows(tensor.data_ptr(), TYPES[tensor.dtype], tensor.itemsize, token, head, tensor.shape[2])
 
 
-def _pages(stored: Tensor, scale: Tensor | None) -> _Pages:
-    return _Pages(stored.data_ptr(), None if scale is None else scale.data_ptr(), TYPES[stored.dtype], stored.itemsize)
+def _pages(stored: Tensor, scale: Tensor | None, static: Tensor | None) -> _Pages:
+    pointers = (None if tensor is None else tensor.data_ptr() for tensor in (stored, scale, static))
+    return _Pages(*pointers, TYPES[stored.dtype], stored.itemsize)

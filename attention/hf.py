@@ -147,26 +147,29 @@ def separate_states(model: nn.Module) -> None:
 
 
 class Layers(NamedTuple):
-    """What a forward of a model calls: ``attention`` in call order, and the ``mixers`` that keep recurrent states."""
+    """What a forward of a model calls: ``attention`` in call order and the names of the modules that are its ``callers``, and
+    the ``mixers`` that keep recurrent states."""
 
     attention: list[AttentionSpec]
+    callers: list[str]
     mixers: list[MixerSpec]
 
 
 def read_specs(config: PreTrainedConfig, trust_remote_code: bool = False) -> list[AttentionSpec]:
     """The attention of :func:`read_layers`, for models that have nothing else."""
-    return _attention_only(config.model_type, read_layers(config, trust_remote_code))
+    return attention_only(config.model_type, read_layers(config, trust_remote_code)).attention
 
 
 def record_specs(model: PreTrainedModel) -> list[AttentionSpec]:
     """The attention of :func:`record_layers`, for models that have nothing else."""
-    return _attention_only(type(model).__name__, record_layers(model))
+    return attention_only(type(model).__name__, record_layers(model)).attention
 
 
-def _attention_only(kind: str, layers: Layers) -> list[AttentionSpec]:
+def attention_only(kind: str, layers: Layers) -> Layers:
+    """Raise :class:`UnsupportedAttention` if something else than attention remembers tokens."""
     if layers.mixers:
         raise UnsupportedAttention(f"{kind}: {len(layers.mixers)} of its layers keep a recurrent state")
-    return layers.attention
+    return layers
 
 
 def read_layers(
@@ -201,7 +204,7 @@ def record_layers(model: PreTrainedModel) -> Layers:
             _run(model, plain, use_cache=False)
         require_calls(model, plain, cache, text.num_hidden_layers, len(left_out))
         if not plain.specs:
-            return Layers([], plain.mixers)  # no mask, no position: nothing more to know
+            return Layers([], [], plain.mixers)  # no mask, no position: nothing more to know
         require_positions(model)
         # MiniMax has a cache of its own: models with mixers make theirs.
         theirs = bool(plain.mixers) or "past_key_values" not in inspect.signature(model.forward).parameters
@@ -210,7 +213,7 @@ def record_layers(model: PreTrainedModel) -> Layers:
         require_known_states(cache, plain.mixers)  # layers may have joined
         if [replace(spec, window=None, chunk=None) for spec in masked.specs] != plain.specs:
             raise UnsupportedAttention("it attends differently with a cache of Transformers than without one")
-    return Layers(masked.specs, plain.mixers)
+    return Layers(masked.specs, masked.callers, plain.mixers)
 
 
 _TOKENS = 7  # of a recording: enough to be a prefill, and no likely number of anything else

@@ -14,6 +14,7 @@ freed here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +23,16 @@ from attention.base import AttentionSpec
 from attention.kv_dtypes import LARGEST_CODE, SCALE_BYTES, dequantize, quantize
 
 
+class StaticScales(NamedTuple):
+    """Of one call, float32 [kv_heads] on the cache's device; ``None``: found for each token and head as it is stored."""
+
+    k: Tensor | None = None
+    v: Tensor | None = None
+
+
 class KVCache:
-    """The cache of a whole model. ``dtype`` may differ from the model's; a backend converts as it writes."""
+    """The cache of a whole model. ``dtype`` may differ from the model's; a backend converts as it writes. ``static`` are the
+    scales of each call, if the dtype is a quantized one and a checkpoint brings them."""
 
     def __init__(
         self,
@@ -32,6 +41,7 @@ class KVCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        static: Sequence[StaticScales] | None = None,
     ) -> None:
         self.blocks = blocks
         self.block_size = block_size
@@ -49,6 +59,7 @@ class KVCache:
         self.k = [allocate(spec.kv_heads, spec.key_dim) for spec in specs]
         self.v = [allocate(spec.kv_heads, spec.value_dim) for spec in specs]
         self.k_scale, self.v_scale = scales(), scales()
+        self.static = [StaticScales()] * len(specs) if static is None else list(static)
 
     @property
     def quantized(self) -> bool:
@@ -63,9 +74,13 @@ class KVCache:
 
     def write(self, call: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store the keys [T, Hkv, Dk] and values [T, Hkv, Dv] of tokens at ``slots`` [T]."""
-        for new, stored, scales in ((k, self.k, self.k_scale), (v, self.v, self.v_scale)):
+        static = self.static[call] if self.quantized else StaticScales()
+        for new, stored, scales, given in (
+            (k, self.k, self.k_scale, static.k),
+            (v, self.v, self.v_scale, static.v),
+        ):
             if self.quantized:
-                new, scale = quantize(new, self.dtype)
+                new, scale = quantize(new, self.dtype, given)
                 scales[call].flatten(0, 1)[slots] = scale
             _bytes_if_fp8(stored[call]).flatten(0, 1)[slots] = _bytes_if_fp8(new.to(self.dtype))
 

@@ -39,6 +39,7 @@ class Recording(Forward):
     def __init__(self, model: nn.Module) -> None:
         self.names = {module: name for name, module in model.named_modules()}
         self.specs: list[AttentionSpec] = []
+        self.callers: list[str] = []
         self.mixers: list[MixerSpec] = []
         self.mixing: nn.Module | None = None
         self.ranges = WatchRanges()
@@ -54,6 +55,7 @@ class Recording(Forward):
             self.refuse(call, "it numbers the tokens of a forward by itself, which packed sequences make wrong")
         self.ranges.made.clear()
         self.specs.append(call.spec(*self.reach(call)))
+        self.callers.append(self.names[call.module])
         return call.v.new_empty(1, tokens, call.q.shape[1], call.v.shape[3])
 
     def mix(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -219,7 +219,7 @@ def inspect(arguments: argparse.Namespace) -> int:
 def verify(arguments: argparse.Namespace) -> int:
     from runtime.verify import verify as run
 
-    options = pick(arguments, [name for name in LOADING if name != "attention_backend"])
+    options = pick(arguments, LOADING)
     found = run(
         arguments.model, against_transformers=arguments.against_transformers, text=arguments.text, tokens=arguments.tokens,
         **options,

@@ -22,9 +22,9 @@ class EngineConfig:
     (``None``: as the format's own library does on this device). ``max_model_len`` is the longest prompt and answer
     together, ``max_total_tokens`` (or ``kv_cache_memory``, bytes or ``"2GiB"``) the size of the KV cache,
     ``max_num_batched_tokens`` the tokens of one forward pass and ``max_num_seqs`` the requests that run at once.
-    ``kv_cache_dtype`` is ``auto`` (the model's), ``bf16``, ``fp8_e4m3`` or ``int8``. ``max_queued_requests`` may wait for
-    that, at most ``queue_timeout`` seconds, and must be done after ``request_timeout`` (``None``: no limit).
-    ``skip_tokenizer_init`` takes and gives token ids only.
+    ``kv_cache_dtype`` is ``auto`` (FP8 if the checkpoint asks for it, else the model's), ``bf16``, ``fp16``, ``fp32``,
+    ``fp8_e4m3`` or ``int8``. ``max_queued_requests`` may wait for that, at most ``queue_timeout`` seconds, and must
+    be done after ``request_timeout`` (``None``: no limit). ``skip_tokenizer_init`` takes and gives token ids only.
     """
 
     model: str

@@ -22,7 +22,6 @@ from attention.base import AttentionError
 from attention.hf import NAME as ATTENTION
 from attention.hf import read_layers, separate_states
 from attention.kv_cache import KVCache
-from attention.kv_dtypes import cache_dtype
 from attention.registry import select
 from attention.states import StateCache, bytes_per_sequence
 from quant.kernels.native import build
@@ -35,6 +34,7 @@ from runtime.defaults import context_length, end_tokens, limit_by_rope, load_tok
 from runtime.detokenize import Detokenizer
 from runtime.errors import EngineDead, InvalidRequest, LoadError, Overloaded
 from runtime.grammar import GrammarCompiler, Matcher
+from runtime.kv_storage import plan_storage
 from runtime.loader import load
 from runtime.memory import size_cache
 from runtime.plan import make_plan
@@ -83,18 +83,18 @@ class Engine:
         plan.require_complete()
         try:
             self.layers = read_layers(plan.config, plan.trust_remote_code, plan.dtype)
-            specs, mixers = self.layers
+            specs, _, mixers = self.layers
             selection = select(specs, plan.device, config.attention_backend, build)
-            kv_dtype = cache_dtype(config.kv_cache_dtype, plan.dtype)
+            stored_as = plan_storage(plan, self.layers, config.kv_cache_dtype)
         except AttentionError as error:
             raise LoadError(f"{checkpoint.folder}: {error}") from error
         self.tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config, checkpoint)
         self.loaded = load(plan, ATTENTION)
         separate_states(self.loaded.model)
-        token_bytes = KVCache.bytes_per_token(specs, kv_dtype)
+        token_bytes = KVCache.bytes_per_token(specs, stored_as.dtype)
         state_bytes = bytes_per_sequence(mixers) * config.max_num_seqs
         self.size = size_cache(config, token_bytes, context_length(plan.config), plan.device, state_bytes)
-        cache = KVCache(specs, self.size.blocks, self.size.block_size, kv_dtype, plan.device)
+        cache = KVCache(specs, self.size.blocks, self.size.block_size, stored_as.dtype, plan.device, stored_as.static)
         self.max_model_len = limit_by_rope(plan.config, config.max_model_len, self.size.max_model_len)
         self.vocabulary = int(cast(Any, self.loaded.model).get_input_embeddings().num_embeddings)
         self.end_tokens = end_tokens(self.loaded.model, self.tokenizer)
@@ -109,7 +109,7 @@ class Engine:
         )
         states = StateCache(mixers, self.scheduler.max_running, plan.device) if mixers else None
         self.runner = Runner(self.loaded.model, specs, selection.backend, cache, states)
-        self.report = engine_report(self.loaded, self.layers, selection, self.size, kv_dtype, self.max_model_len)
+        self.report = engine_report(self.loaded, self.layers, selection, self.size, str(stored_as), self.max_model_len)
         self.steps = 0
         self._dead: Exception | None = None
         self._random = random.Random(config.seed)

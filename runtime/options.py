@@ -134,7 +134,7 @@ def engine_options(parser: argparse.ArgumentParser) -> None:
         "--kv-cache-dtype",
         default="auto",
         metavar="D",
-        help="auto (the model's), bf16, fp8_e4m3 or int8 (default: auto)",
+        help="auto (FP8 if the checkpoint asks for it, else the model's), bf16, fp16, fp32, fp8_e4m3, int8 (default: auto)",
     )
     group.add_argument(
         "--disable-radix-cache", "--no-enable-prefix-caching", dest="enable_prefix_caching", action="store_false",

@@ -8,7 +8,7 @@ cannot work is refused here, not after minutes of loading. ``relinear inspect`` 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import nn
 from quant import kernels
 from quant.base import Activation, LinearShape, NoKernel, QuantError, QuantMethod, Scheme, TensorSpec, canonical_bytes
 from quant.embedding import lookup
+from quant.kv_scales import KV_SCALES
 from quant.onload.base import OnLoad
 from runtime.accounting import DENSE_DTYPES, Account, balance, check_stored
 from runtime.checkpoint import Checkpoint, tensor_bytes
@@ -61,7 +62,8 @@ class ModulePlan:
 class LoadPlan:
     """Everything that is known before weights are read. ``config`` is Transformers', without its quantization part;
     ``other_bytes`` are the loaded bytes of everything that is no linear layer, ``unmatched`` the entries of the
-    quantization configuration that name no module of the model and none of the file, ``remarks`` what people should know."""
+    quantization configuration that name no module of the model and none of the file, ``remarks`` what people should know,
+    ``kv_scales`` the stored scales of keys and values: name in the model's tree -> name in the file."""
 
     checkpoint: Checkpoint
     config: Any
@@ -76,6 +78,7 @@ class LoadPlan:
     account: Account
     unmatched: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
+    kv_scales: Mapping[str, str] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LoadPlan:
         return self  # Transformers copies the configuration that carries the plan; nobody writes to it
@@ -175,9 +178,10 @@ def make_plan(
     names = {name for name, _ in model.named_modules()} | stored
     unmatched = tuple(method.unmatched(names - {""})) if method else ()
     remarks = unquantized_experts(model) if on_load else ()
+    kv_scales = {name: headers.sources[name] for name in account.ignored if KV_SCALES.search(name)}
     return LoadPlan(
         checkpoint, config, precision, note, place, trust_remote_code, method, experts, modules, other, account, unmatched,
-        remarks,
+        remarks, kv_scales,
     )  # fmt: skip
 
 

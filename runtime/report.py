@@ -37,7 +37,7 @@ def engine_report(
     layers: Layers,
     selection: Selection,
     size: CacheSize,
-    kv_dtype: torch.dtype,
+    stored_as: str,
     max_model_len: int,
 ) -> str:
     """The load report, with attention and the KV cache."""
@@ -47,7 +47,7 @@ def engine_report(
         (
             "kv cache",
             f"{size.tokens} tokens ({format_bytes(size.nbytes)}, {format_bytes(token_bytes)} a token, "
-            f"{size.blocks} blocks of {size.block_size}) in {_dtype(kv_dtype)}, room for "
+            f"{size.blocks} blocks of {size.block_size}) in {stored_as}; room for "
             f"{size.tokens / max_model_len:.1f} sequences of {max_model_len}",
         ),
     ]

@@ -133,8 +133,12 @@ class Verification:
             f"{LARGEST_KL:g}), largest {whole.largest_kl:.1e}, same likeliest token {100 * whole.top1:.2f} %, largest "
             f"difference of logits {whole.logits:.1e}"
         )
+        inputs = " and with inputs left exact" if any(map(_quantizes_inputs, self.plan.quantized)) else ""
         lines = [
-            (_word(whole.passed), f"whole model in float32 against Transformers with dequantized weights, {numbers}")
+            (
+                _word(whole.passed),
+                f"whole model in float32{inputs} against Transformers with dequantized weights, {numbers}",
+            )
         ]
         for what, name, distances in (
             ("linear layer", whole.first_bad_linear, whole.linears),
@@ -152,12 +156,14 @@ def verify(
     against_transformers: bool = False,
     text: str | Path | None = None,
     tokens: int = TOKENS,
+    attention_backend: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     **options: Any,
 ) -> Verification:
     """Verify a checkpoint with the kernels that ``options`` of :func:`runtime.plan.make_plan` choose. ``text`` is a file to
-    run the whole model on; the default is a bundled one. Raises :class:`LoadError` if it cannot be loaded at all."""
+    run the whole model on, the default a bundled one; ``attention_backend`` what attends in it (``None``: as the engine
+    chooses). Raises :class:`LoadError` if it cannot be loaded at all."""
     checkpoint = Checkpoint.open(model, revision, code=trust_remote_code)
     options["trust_remote_code"] = trust_remote_code
     plan = make_plan(checkpoint, **options)
@@ -167,10 +173,17 @@ def verify(
     kinds = tuple(_examine_kinds(plan, weights))
     comparison, source = None, ""
     if against_transformers and not damage and all(kind.error is None for kind in kinds):  # else it cannot be loaded
-        whole = make_plan(checkpoint, **options | {"dtype": "float32"})
+        exact = {"weight_only": True} if any(map(_quantizes_inputs, plan.quantized)) else {}
+        whole = make_plan(checkpoint, **options | {"dtype": "float32"} | exact)
         ids, source = _ids(checkpoint, whole, text, tokens)
-        comparison = compare(whole, weights, ids)
+        comparison = compare(StoredWeights.of(whole), ids, attention_backend)
     return Verification(plan, _checksums(checkpoint), kinds, damage, comparison, source, facts())
+
+
+def _quantizes_inputs(module: ModulePlan) -> bool:
+    """Such layers are examined with their inputs quantized, but a whole model cannot be compared so: a number that is rounded
+    up instead of down, because a sum before was formed in another order, changes everything behind it."""
+    return module.scheme is not None and module.scheme.activation is not None
 
 
 @torch.inference_mode()
@@ -198,18 +211,24 @@ def _ids(checkpoint: Checkpoint, plan: LoadPlan, text: str | Path | None, count:
     except LoadError:
         if text is not None:
             raise
-        generator = torch.Generator().manual_seed(0)
-        vocabulary = plan.config.get_text_config().vocab_size
-        return torch.randint(vocabulary, (count,), generator=generator).tolist(), "random ids (it has no tokenizer)"
+        return _random_ids(plan, count), "random ids (it has no tokenizer)"
     file = Path(text) if text is not None else locate("demo").parent / "heldout.txt"
     try:
         content = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"--text {file}: {error}") from error
     ids = tokenizer(content[: count * LONGEST_TOKEN])["input_ids"][:count]
+    if len(ids) < 2 and text is None:  # what Transformers makes of a model type that has a tokenizer, without its files
+        return _random_ids(plan, count), "random ids (its tokenizer is empty)"
     if len(ids) < 2:
         raise InvalidRequest(f"--text {file}: it has {len(ids)} tokens, at least 2 are needed.")
     return ids, file.name
+
+
+def _random_ids(plan: LoadPlan, count: int) -> list[int]:
+    generator = torch.Generator().manual_seed(0)
+    ids: list[int] = torch.randint(plan.config.get_text_config().vocab_size, (count,), generator=generator).tolist()
+    return ids
 
 
 def _checksums(checkpoint: Checkpoint) -> dict[str, str]:

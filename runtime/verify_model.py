@@ -22,11 +22,11 @@ from attention.hf import forward_batch, read_layers, separate_states
 from attention.kv_cache import KVCache
 from attention.registry import select
 from attention.states import Segment, StateCache
+from quant.kernels.native import build
 from quant.linear import QuantLinear
 from quant.reference import linear
 from runtime.errors import LoadError
 from runtime.loader import load
-from runtime.plan import LoadPlan
 from runtime.weights import StoredWeights
 
 BLOCK = 16
@@ -66,14 +66,18 @@ class Comparison:
 
 
 @torch.inference_mode()
-def compare(plan: LoadPlan, weights: StoredWeights, ids: list[int]) -> Comparison:
-    """Run ``ids`` both ways. ``plan`` must be in float32. Raises :class:`LoadError` if the model cannot be loaded."""
+def compare(weights: StoredWeights, ids: list[int], attention_backend: str | None = None) -> Comparison:
+    """Run ``ids`` both ways, with the attention that the engine would choose or the one asked for by name. The plan of
+    ``weights`` must be in float32. Raises :class:`LoadError` if the model cannot be loaded."""
+    plan = weights.plan
     assert plan.dtype == torch.float32, plan.dtype
     try:
-        specs, mixers = read_layers(plan.config, plan.trust_remote_code)
-        backend = select(specs, plan.device, None).backend
+        specs, _, mixers = read_layers(plan.config, plan.trust_remote_code)
+        backend = select(specs, plan.device, attention_backend, build).backend
         found = Comparison(f"{backend.name}, paged")
     except UnsupportedAttention as error:
+        if attention_backend is not None:
+            raise LoadError(str(error)) from error
         backend, found = None, Comparison(f"Transformers', the engine cannot serve this model: {error}")
     except AttentionError as error:
         raise LoadError(str(error)) from error

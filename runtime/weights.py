@@ -20,22 +20,39 @@ from runtime.skeleton import build_meta_model
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """``headers``: what is stored, and its name in the file; ``files``: that name -> the file."""
+    """``headers``: what is stored, and its name in the file; ``files``: that name -> the file; ``ties``: parameters that share
+    another's tensor -> that one."""
 
     plan: LoadPlan
     headers: Headers
     files: Mapping[str, Path]
+    ties: Mapping[str, str]
 
     @classmethod
     def of(cls, plan: LoadPlan) -> Self:
-        """Where everything is that a plan will read."""
+        """Where everything is that a plan will read. Raises :class:`LoadError` for a layer that is not stored by itself."""
         model = build_meta_model(plan.config, plan.dtype, plan.trust_remote_code)
         plan.experts.take_apart(model)
         files: dict[str, Path] = {}
         for path in plan.checkpoint.files:
             with safe_open(path, "pt") as file:
                 files |= dict.fromkeys(file.keys(), path)
-        return cls(plan, rename_headers(plan.checkpoint, model, plan.experts), files)
+        ties = dict(getattr(model, "all_tied_weights_keys", {}))
+        weights = cls(plan, rename_headers(plan.checkpoint, model, plan.experts), files, ties)
+        for module in plan.quantized:
+            for local in module.stored:
+                weights.source(f"{module.name}.{local}")
+        return weights
+
+    def source(self, name: str) -> str:
+        """What is read for ``name`` of the model's tree: itself, or what it is tied to."""
+        for candidate in (name, self.ties.get(name, name)):
+            if candidate in self.headers.sources:
+                return candidate
+        raise LoadError(
+            f"{name} is made of several stored tensors while loading, which can be served and not verified layer by layer. "
+            "`relinear eval diff` compares the model with the original as a whole."
+        )
 
     def tensor(self, name: str) -> Tensor:
         """The tensor that will be ``name`` in the model's tree."""
@@ -48,15 +65,18 @@ class StoredWeights:
         """The canonical weight of a quantized layer. Raises :class:`LoadError` if its values cannot be."""
         assert self.plan.method is not None
         assert module.scheme is not None
-        tensors = {local: self.tensor(f"{module.name}.{local}") for local in module.stored}
+        tensors = {local: self.tensor(self.source(f"{module.name}.{local}")) for local in module.stored}
+        if self.plan.on_load:  # as loading hands it over
+            weight = tensors["weight"].to(self.plan.dtype)
+            tensors["weight"] = weight.t() if module.transposed else weight
         try:
             return self.plan.method.repack(tensors, module.scheme, module.shape)
         except QuantError as error:
             raise LoadError(f"{module.name}: {error}") from error
 
     def bias(self, module: ModulePlan) -> Tensor | None:
-        """The bias of a layer, ``[out]``."""
-        return self.tensor(f"{module.name}.bias") if module.shape.bias else None
+        """The bias of a layer, ``[out]``, in the model's dtype."""
+        return self.tensor(f"{module.name}.bias").to(self.plan.dtype) if module.shape.bias else None
 
     def damage(self) -> Iterator[str]:
         """What is wrong with stored values by themselves, tensor by tensor: NaN and infinity, where they are numbers."""

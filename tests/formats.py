@@ -69,7 +69,7 @@ LLM_INT8 = W8A8 | {"tolerance": 0.25, "mean": 0.025}
 would be alone: 13 columns of its inputs in all. Nothing is left when we do so too (``test_writers``)."""
 WEIGHTS: dict[str, Any] = {"tolerance": None, "native": False}
 """The logits are those of a quantized KV cache, and modelopt's also of other codes than it exported: ``test_writers`` and
-``test_quantized_inputs`` reproduce them."""
+``test_quantized_inputs`` reproduce them, ``test_kv_scales`` through the engine."""
 BNB4: dict[str, Any] = {"tolerance": 0.1, "mean": 0.015, "native": False}
 """bitsandbytes rounds absmax and the table to bfloat16 on a CPU, and the sum before it adds the bias: 0.003 is left in the mean
 when we do so too (``test_writers``)."""
@@ -107,7 +107,7 @@ FLOAT_CASES = [
     Case("bitsandbytes", "LLM.int8, inputs int8 except outliers", BNB, "bitsandbytes--int8", **LLM_INT8),
     Case("FP8", "blocks of 128x128", TRANSFORMERS, "transformers-fp8--block128", **WIDE),
     Case("FP8", "one scale, static inputs", TRANSFORMERS, "transformers-fp8--tensor-static", **WIDE),
-    Case("modelopt", "FP8, static inputs, KV scales dropped", MODELOPT, "modelopt--fp8-kv", **WEIGHTS),
+    Case("modelopt", "FP8, static inputs, FP8 KV cache", MODELOPT, "modelopt--fp8-kv", **WEIGHTS),
     Case("modelopt", "FP8_PB_WO", MODELOPT, "modelopt--fp8-pb-wo", **WIDE),
     Case(COMPRESSED, "pack, 3 bit, group 64, zero points", CT, "compressed-tensors--w3a16-g64-asym", **BF16),
     Case(COMPRESSED, "pack, quantized lm_head", CT, "compressed-tensors--lm-head-too", **BF16),
@@ -128,7 +128,7 @@ FLOAT_CASES = [
     Case(COMPRESSED, "GPTQ, 4 bit, group 128", LLMC, "llmcompressor--gptq-w4a16", **BF16),
     Case(COMPRESSED, "AWQ, 4 bit, group 64, zero points", LLMC, "llmcompressor--awq-w4-asym", **BF16),
     Case(COMPRESSED, "int8, inputs per token", LLMC, "llmcompressor--w8a8-int8", **W8A8),
-    Case(COMPRESSED, "FP8, static inputs, KV scales dropped", LLMC, "llmcompressor--fp8-static-kv", **WEIGHTS),
+    Case(COMPRESSED, "FP8, static inputs, FP8 KV cache", LLMC, "llmcompressor--fp8-static-kv", **WEIGHTS),
 ]
 """Formats with floats or with quantized inputs, and compressed-tensors."""
 

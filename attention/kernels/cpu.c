@@ -38,6 +38,7 @@ typedef struct {
 typedef struct {
     void *data;
     float *scale;
+    const float *fixed;  // [kv_heads]: scales that do not depend on what is stored; or null
     int64_t type, bytes;  // of an element
 } Pages;
 

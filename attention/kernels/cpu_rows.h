@@ -239,6 +239,7 @@ TARGET static void NAME(keep)(const Rows *rows, const Pages *pages, int64_t toke
         }
         float largest = pages->type == INT8 ? 127 : 448, scale = as_float(bits) / largest;
         if (scale == 0) scale = 1;
+        if (pages->fixed) scale = bits < 0x7f800000 ? pages->fixed[head] : as_float(0x7fc00000);
         pages->scale[at] = scale;
         uint8_t *restrict to = (uint8_t *)pages->data + at * dim;
         for (int64_t d = 0; d < dim; d++) {

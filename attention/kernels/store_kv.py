@@ -28,8 +28,8 @@ def encode_e4m3(x):
 
 @triton.jit
 def store_rows(
-    new, token_stride, head_stride, cache, scales, token, head, slot, live,
-    HEADS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, SCALED: tl.constexpr,
+    new, token_stride, head_stride, cache, scales, static, token, head, slot, live,
+    HEADS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, SCALED: tl.constexpr, STATIC: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, PADDED)
     inside = live[:, None] & (d < DIM)[None, :]
@@ -41,8 +41,12 @@ def store_rows(
         largest: tl.constexpr = 127.0 if kind == tl.int8 else 448.0
         x = x.to(tl.float32)
         # max leaves out NaN; the sum is 0, or NaN if a number of the row is not finite
-        scale = tl.div_rn(tl.max(tl.abs(x), 1) + tl.sum(x * 0.0, 1), tl.full([x.shape[0]], largest, tl.float32))
-        scale = tl.where(scale == 0.0, 1.0, scale)
+        unfinite = tl.sum(x * 0.0, 1)
+        if STATIC:
+            scale = tl.load(static + head, mask=live, other=1.0) + unfinite
+        else:
+            scale = tl.div_rn(tl.max(tl.abs(x), 1) + unfinite, tl.full([x.shape[0]], largest, tl.float32))
+            scale = tl.where(scale == 0.0, 1.0, scale)
         x = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
         x = tl.minimum(tl.maximum(x, -largest), largest)
         if kind == tl.int8:
@@ -55,25 +59,35 @@ def store_rows(
 
 @triton.jit
 def store_kv_kernel(
-    k, v, slots, k_cache, v_cache, k_scale, v_scale, k_token, k_head, v_token, v_head, rows,
+    k, v, slots, k_cache, v_cache, k_scale, v_scale, k_static, v_static, k_token, k_head, v_token, v_head, rows,
     HEADS: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr, K_PADDED: tl.constexpr, V_PADDED: tl.constexpr,
-    SCALED: tl.constexpr, ROWS: tl.constexpr,
+    SCALED: tl.constexpr, K_STATIC: tl.constexpr, V_STATIC: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < rows
     token, head = row // HEADS, row % HEADS
     slot = tl.load(slots + token, mask=live, other=0)
-    store_rows(k, k_token, k_head, k_cache, k_scale, token, head, slot, live, HEADS, K_DIM, K_PADDED, SCALED)
-    store_rows(v, v_token, v_head, v_cache, v_scale, token, head, slot, live, HEADS, V_DIM, V_PADDED, SCALED)
+    store_rows(
+        k, k_token, k_head, k_cache, k_scale, k_static, token, head, slot, live,
+        HEADS, K_DIM, K_PADDED, SCALED, K_STATIC,
+    )  # fmt: skip
+    store_rows(
+        v, v_token, v_head, v_cache, v_scale, v_static, token, head, slot, live,
+        HEADS, V_DIM, V_PADDED, SCALED, V_STATIC,
+    )  # fmt: skip
 
 
 def store_kv(call: int, k: Tensor, v: Tensor, slots: Tensor, cache: KVCache) -> None:
     """What :meth:`KVCache.write` says. The last dimension of ``k`` and ``v`` must be contiguous."""
     (tokens, heads, key_dim), value_dim = k.shape, v.shape[2]
     k_cache, v_cache, k_scale, v_scale = stored(cache, call, writing=True)
+    static = cache.static[call]
+    k_static, v_static = (  # where there are none, something that the kernel does not touch
+        scale if own is None else own for own, scale in ((static.k, k_scale), (static.v, v_scale))
+    )
     store_kv_kernel[(triton.cdiv(tokens * heads, ROWS),)](
-        k, v, slots, k_cache, v_cache, k_scale, v_scale, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        tokens * heads,
+        k, v, slots, k_cache, v_cache, k_scale, v_scale, k_static, v_static,
+        k.stride(0), k.stride(1), v.stride(0), v.stride(1), tokens * heads,
         HEADS=heads, K_DIM=key_dim, V_DIM=value_dim, K_PADDED=padded(key_dim), V_PADDED=padded(value_dim),
-        SCALED=cache.quantized, ROWS=ROWS, num_warps=WARPS,
+        SCALED=cache.quantized, K_STATIC=static.k is not None, V_STATIC=static.v is not None, ROWS=ROWS, num_warps=WARPS,
     )  # fmt: skip

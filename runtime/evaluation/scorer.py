@@ -1,7 +1,7 @@
 """A loaded model, asked for the logits of one window after the other.
 
 The plain Transformers model with quantized linears, unless the configuration names what only the engine has, a KV cache
-dtype or an attention backend: then keys and values go through the engine's pages.
+dtype (or the checkpoint does) or an attention backend: then keys and values go through the engine's pages.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor
 
 from attention.base import AttentionBatch, AttentionError
 from attention.hf import NAME as ATTENTION
-from attention.hf import forward_batch, read_specs
+from attention.hf import attention_only, forward_batch, read_layers
 from attention.kv_cache import KVCache
-from attention.kv_dtypes import cache_dtype
 from attention.registry import select
 from runtime.checkpoint import Checkpoint
 from runtime.config import EngineConfig
 from runtime.defaults import context_length, load_tokenizer
 from runtime.errors import Error, InvalidRequest, LoadError
+from runtime.kv_storage import plan_storage, resolve_name
 from runtime.loader import load
 from runtime.plan import make_plan
 
@@ -51,12 +51,13 @@ class Scorer:
         ]  # whatever options there are
         self.plan = make_plan(checkpoint, **{name: getattr(config, name) for name in loading})
         self.tokenizer = load_tokenizer(config, checkpoint)
-        self.paged = config.kv_cache_dtype != "auto" or config.attention_backend is not None
+        self.paged = resolve_name(self.plan, config.kv_cache_dtype) != "auto" or config.attention_backend is not None
         if self.paged:
             try:
-                self._specs = read_specs(self.plan.config, self.plan.trust_remote_code)
+                layers = read_layers(self.plan.config, self.plan.trust_remote_code)
+                self._specs = attention_only(self.plan.config.model_type, layers).attention
                 self._backend = select(self._specs, self.plan.device, config.attention_backend).backend
-                self._cache_dtype = cache_dtype(config.kv_cache_dtype, self.plan.dtype)
+                self._stored_as = plan_storage(self.plan, layers, config.kv_cache_dtype)
             except AttentionError as error:
                 raise LoadError(f"{checkpoint.folder}: {error}") from error
         self.model: Any = load(self.plan, ATTENTION if self.paged else None).model
@@ -100,7 +101,8 @@ class Scorer:
         length = inputs.shape[1]
         blocks = -(-length // BLOCK)
         if self._cache is None or self._cache.blocks < blocks:
-            self._cache = KVCache(self._specs, blocks, BLOCK, self._cache_dtype, self.plan.device)
+            stored_as = self._stored_as
+            self._cache = KVCache(self._specs, blocks, BLOCK, stored_as.dtype, self.plan.device, stored_as.static)
         batch = AttentionBatch.pack([length], [length], [list(range(blocks))], BLOCK, self.plan.device)
         with forward_batch(batch, self._cache, self._backend, self._specs):
             logits: Tensor = self.model(input_ids=inputs, position_ids=batch.positions()[None], use_cache=False).logits[

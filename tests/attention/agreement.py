@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from attention import AttentionBackend, AttentionBatch, AttentionSpec
+from attention.kv_cache import StaticScales
 from attention.reference import ReferenceBackend
 from tests.attention.paging import poisoned_cache, scattered_tables, tensors_of
 from tests.attention.test_reference import BASE, Sequences
@@ -39,13 +40,19 @@ def agree(
     block_size: int = 3,
     lengths: list[int] = LENGTHS,
     steps: list[dict[int, int]] = MIXED,
+    static: str = "",
 ) -> None:
-    """Every forward gives what the reference gives, and leaves the same bytes in the cache, poison included."""
+    """Every forward gives what the reference gives, and leaves the same bytes in the cache, poison included. ``static``: what
+    has given scales, ``k``, ``v`` or both, another for each head; what is divided by the smallest of them saturates."""
     torch.manual_seed(0)
     sequences = Sequences.random(spec, lengths, model)
     sizes = ([spec] * 2, sum(lengths), block_size, stored or model)
     pairs = [(ReferenceBackend(), torch.device("cpu")), (backend, device)]
     caches = [poisoned_cache(*sizes, device) for _, device in pairs]
+    for cache in caches if static else ():
+        given = torch.linspace(0.002, 0.03, spec.kv_heads, device=cache.k[0].device)
+        own = StaticScales(given if "k" in static else None, given.flip(0) if "v" in static else None)
+        cache.static = [StaticScales(), own]
     tables = scattered_tables(lengths, caches[0])
     done = [0] * len(lengths)
     for step in steps:

@@ -16,6 +16,7 @@ from attention import AttentionBatch, AttentionSpec
 from attention.kernels import decode as decoding
 from attention.kernels.shape import interpreting
 from attention.kernels.store_kv import store_kv
+from attention.kv_cache import StaticScales
 from attention.paged import PagedBackend
 from attention.reference import ReferenceBackend
 from tests.attention.agreement import QUANTIZED, WIDE, WIDE_LENGTHS, WIDE_STEPS, agree
@@ -48,6 +49,12 @@ def test_quantized_caches(name: str, stored: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ["dim-80", "everything"])
 def test_half_precision(name: str, model: torch.dtype, stored: torch.dtype | None) -> None:
     check(SPECS[name], model, stored)
+
+
+@pytest.mark.parametrize(("stored", "model"), [(torch.float8_e4m3fn, torch.float32), (torch.int8, torch.bfloat16)])
+@pytest.mark.parametrize("static", ["kv", "k", "v"])
+def test_scales_that_are_given(static: str, stored: torch.dtype, model: torch.dtype) -> None:
+    check(SPECS["gqa"], model, stored, static=static)
 
 
 @pytest.mark.parametrize("block_size", [1, 16, 80])
@@ -86,10 +93,13 @@ def test_numbers_that_are_hard_to_quantize() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("stored", QUANTIZED)
-def test_what_is_not_finite_is_not_hidden_by_quantizing(stored: torch.dtype) -> None:
+def test_what_is_not_finite_is_not_hidden_by_quantizing(stored: torch.dtype, static: bool) -> None:
     """Three sequences of one token: a clean one, one with a NaN and one with an infinity."""
     cache = poisoned_cache([BASE], 8, 4, stored, DEVICE)
+    if static:
+        cache.static = [StaticScales(*torch.full((2, BASE.kv_heads), 0.01, device=DEVICE))]
     q, k = torch.ones(3, 4, 8), torch.ones(3, 2, 8)
     k[1, 0, 3], k[2, 1, 5] = torch.nan, torch.inf
     batch = AttentionBatch.pack([1, 1, 1], [1, 1, 1], [[0], [1], [2]], 4, DEVICE)
@@ -124,6 +134,7 @@ def test_addresses_are_64_bit() -> None:
     cache = poisoned_cache([], 0, 16, torch.float16, DEVICE)
     cache.k = [torch.empty(last + 1, 16, 8, 128, dtype=torch.float16, device=DEVICE)]
     cache.v = [torch.empty_like(cache.k[0])]
+    cache.static = [StaticScales()]
     small = poisoned_cache([spec], 16, 16, torch.float16)
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 16, 128).half(), torch.randn(2, 8, 128).half(), torch.randn(2, 8, 128).half()

@@ -12,6 +12,7 @@ import torch
 
 from attention import NAME, AttentionBatch, AttentionError, AttentionSpec, KVCache, UnsupportedAttention, select
 from attention.cpu import PATHS, CpuBackend
+from attention.kv_cache import StaticScales
 from attention.reference import ReferenceBackend
 from quant.kernels import native
 from tests.attention.agreement import QUANTIZED, WIDE, WIDE_LENGTHS, WIDE_STEPS, agree
@@ -55,6 +56,12 @@ def test_caches_of_another_dtype(backend: CpuBackend, name: str, stored: torch.d
 @pytest.mark.parametrize("name", ["dim-80", "everything", "odd-group"])
 def test_half_precision(backend: CpuBackend, name: str, model: torch.dtype, stored: torch.dtype | None) -> None:
     agree(backend, CPU, SPECS[name], model, stored)
+
+
+@pytest.mark.parametrize(("stored", "model"), [(torch.float8_e4m3fn, torch.float32), (torch.int8, torch.bfloat16)])
+@pytest.mark.parametrize("static", ["kv", "k", "v"])
+def test_scales_that_are_given(backend: CpuBackend, static: str, stored: torch.dtype, model: torch.dtype) -> None:
+    agree(backend, CPU, SPECS["gqa"], model, stored, static=static)
 
 
 @pytest.mark.parametrize("block_size", [1, 16, 80])
@@ -120,10 +127,13 @@ def test_numbers_that_are_hard_to_quantize(backend: CpuBackend, dtype: torch.dty
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("stored", [torch.float32, *QUANTIZED])
-def test_what_is_not_finite_is_not_hidden(backend: CpuBackend, stored: torch.dtype) -> None:
+def test_what_is_not_finite_is_not_hidden(backend: CpuBackend, stored: torch.dtype, static: bool) -> None:
     """Three sequences of one token: a clean one, one with a NaN and one with an infinity."""
     cache = poisoned_cache([BASE], 8, 4, stored)
+    if static:
+        cache.static = [StaticScales(*torch.full((2, BASE.kv_heads), 0.01))]
     q, k = torch.ones(3, 4, 8), torch.ones(3, 2, 8)
     k[1, 0, 3], k[2, 1, 5] = torch.nan, torch.inf
     batch = AttentionBatch.pack([1, 1, 1], [1, 1, 1], [[0], [1], [2]], 4)
@@ -151,7 +161,7 @@ def test_addresses_are_64_bit() -> None:
     """A page whose first element is beyond 2**31; nothing else of that cache is ever touched."""
     spec = AttentionSpec(16, 8, 128, 128, scale=0.1)
     last = 2**31 // (16 * 8 * 128) + 3
-    cache = KVCache([], last + 1, 16, torch.bfloat16, CPU)
+    cache = KVCache([], last + 1, 16, torch.bfloat16, CPU, [StaticScales()])
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         cache.k, cache.v = ([torch.empty(last + 1, 16, 8, 128, dtype=torch.bfloat16)] for _ in range(2))

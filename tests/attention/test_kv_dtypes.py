@@ -21,7 +21,8 @@ def test_names() -> None:
     assert cache_dtype("bf16", torch.float16) == torch.bfloat16
     assert cache_dtype("fp8_e4m3", torch.float16) == torch.float8_e4m3fn
     assert cache_dtype("int8", torch.float16) == torch.int8
-    with pytest.raises(AttentionError, match="'fp4'; known: auto, bf16, fp8_e4m3, int8"):
+    assert (cache_dtype("fp16", torch.float32), cache_dtype("fp32", torch.float16)) == (torch.float16, torch.float32)
+    with pytest.raises(AttentionError, match="'fp4'; known: auto, bf16, fp16, fp32, fp8_e4m3, int8"):
         cache_dtype("fp4", torch.float16)
 
 
@@ -41,6 +42,16 @@ def test_zeros_stay_zero_and_what_is_not_finite_stays_so(dtype: torch.dtype) -> 
     values = dequantize(*quantize(x, dtype))
     assert values[0].eq(0).all()
     assert values[1:].isnan().all()
+
+
+def test_a_given_scale_is_kept_and_what_it_cannot_hold_saturates() -> None:
+    x = torch.tensor([[[1.0, -300.0, 0.25], [448.0, 2.0, -1e6]], [[0.0, 0.0, 0.0], [torch.inf, 1.0, 1.0]]])
+    codes, scale = quantize(x, torch.float8_e4m3fn, torch.tensor([0.5, 2.0]))
+    assert codes[:, 0].tolist() == [[2.0, -448.0, 0.5], [0.0, 0.0, 0.0]]  # -600 is beyond
+    assert codes[0, 1].tolist() == [224.0, 1.0, -448.0]
+    assert scale[:, 0].tolist() == [0.5, 0.5]
+    assert scale[0, 1] == 2.0
+    assert scale[1, 1].isnan(), "an infinity would be 448"
 
 
 @pytest.mark.parametrize("dtype", LARGEST_CODE)

@@ -73,7 +73,7 @@ def test_layers_whose_inputs_are_quantized_compute_what_they_compute_on_the_cpu(
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.checkpoint)
 def test_the_engine_scores_as_on_the_cpu(case: Case) -> None:
     """In chunks, over pages, through the kernels and the attention that are chosen there."""
-    options = {"dtype": "float32", "weight_only": True, "skip_tokenizer_init": True}
+    options = {"dtype": "float32", "kv_cache_dtype": "fp32", "weight_only": True, "skip_tokenizer_init": True}
     scores = [
         LLM(str(case.folder), device=device, max_num_batched_tokens=16, max_total_tokens=256, **options).score(
             IDS.flatten().tolist()

@@ -92,7 +92,7 @@ class QuantizedCache(DynamicCache):
         return super().update(*rounded, layer, *args, **options)
 
 
-def test_scales_of_the_kv_cache_are_left_out_and_are_all_that_is() -> None:
+def test_scales_of_the_kv_cache_are_no_weights_and_all_that_is_left_out() -> None:
     folder = CHECKPOINTS / "llmcompressor--fp8-static-kv"
     plan = inspect(folder).plan
     assert set(plan.account.ignored) == {f"model.layers.{n}.self_attn.{x}_scale" for n in (0, 1) for x in "kv"}

@@ -14,16 +14,25 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from attention.reference import ReferenceBackend
+from attention.base import AttentionBackend
+from attention.hf import read_specs
+from attention.registry import select
 from quant.base import QuantMethod, QuantWeight
+from quant.kernels.native import build
 from quant.kernels.reference import ReferenceKernel
 from quant.linear import QuantLinear
+from quant.reference import dequantize
+from runtime import inspect, load_model
+from runtime.checkpoint import Checkpoint
 from runtime.cli import main
 from runtime.errors import InvalidRequest
+from runtime.plan import make_plan
 from runtime.verify import Verification, verify
 from runtime.verify_model import LARGEST_KL
+from runtime.weights import StoredWeights
 from tests.formats import CHECKPOINTS
 from tests.plugins import installed_package
+from tests.tiny_models import tiny_model
 
 AWQ = CHECKPOINTS / "autoawq--gemm-g128"
 BAD = "model.layers.1.mlp.up_proj"
@@ -38,6 +47,7 @@ Report = Callable[[str], None]
         ("auto-gptq--w4g32-desc", None),
         ("gptqmodel--gptq-w4-dynamic", None),
         ("bitsandbytes--int8", None),
+        ("llmcompressor--w8a8-int8", None),
         ("compressed-tensors--fp8-block", None),
         ("compressed-tensors--mxfp4a16", None),
     ],
@@ -115,16 +125,22 @@ def test_a_layer_that_is_repacked_wrongly_is_named(monkeypatch: pytest.MonkeyPat
     assert found.comparison.first_bad_layer == "model.layers.1"
 
 
-def test_wrong_attention_is_found_though_every_linear_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    attend = ReferenceBackend.forward
+@pytest.mark.parametrize("asked", [None, "reference"])
+def test_wrong_attention_is_found_though_every_linear_is_right(
+    asked: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the backend that the engine would choose, or of the one that is asked for."""
+    chosen = type(select(read_specs(inspect(AWQ).plan.config), torch.device("cpu"), asked, build).backend)
+    attend = chosen.forward
 
-    def wrong(self: ReferenceBackend, layer: int, *rest: Any) -> Tensor:
-        y: Tensor = attend(self, layer, *rest)
+    def wrong(self: AttentionBackend, layer: int, *rest: Any) -> Tensor:
+        y: Tensor = attend(self, layer, *rest)  # type: ignore[arg-type]
         return y * 1.01 if layer == 1 else y
 
-    monkeypatch.setattr(ReferenceBackend, "forward", wrong)
-    whole = verify(AWQ, against_transformers=True, tokens=32).comparison
+    monkeypatch.setattr(chosen, "forward", wrong)
+    whole = verify(AWQ, against_transformers=True, tokens=32, device="cpu", attention_backend=asked).comparison
     assert whole is not None
+    assert whole.attention.startswith(chosen.name)
     assert not whole.passed
     assert whole.first_bad_linear is None
     assert whole.first_bad_layer == "model.layers.1"
@@ -157,3 +173,54 @@ def test_an_unquantized_model_is_compared_as_a_whole() -> None:
 def test_options_that_cannot_be() -> None:
     with pytest.raises(InvalidRequest, match="at least 2"):
         verify(AWQ, against_transformers=True, tokens=1)
+
+
+def test_an_attention_that_cannot_run_is_refused_and_not_replaced(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["verify", str(AWQ), "--against-transformers", "--tokens", "32", "--device", "cpu"]
+    assert main([*command, "--attention-backend", "paged"]) != 0
+    assert "paged: its kernels need a CUDA device" in capsys.readouterr().err
+    assert main([*command, "--attention-backend", "reference"]) == 0
+    assert "attention reference, paged" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints in float32: ``Conv1D`` and a head that shares the embedding's weight."""
+    folder = tmp_path_factory.mktemp("dense")
+    for name in ("gpt2", "llama-tied-rope3"):
+        tiny_model(name).save_pretrained(folder / name)
+    return folder
+
+
+ON_LOAD = [
+    ("gpt2", "int4", {"group_size": 16}),
+    ("gpt2", "bitsandbytes", {"load_in_8bit": True}),
+    ("llama-tied-rope3", "fp8", {}),
+    ("llama-tied-rope3", "int4", {"quantize_lm_head": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "quantization", "options"), ON_LOAD)
+def test_what_is_quantized_while_loading_is_verified_as_it_is_loaded(
+    name: str, quantization: str, options: dict[str, Any], dense: Path
+) -> None:
+    """In bfloat16, to which the file's numbers are rounded first."""
+    asked = {"quantization": quantization, "quantization_config": options, "dtype": "bfloat16", "kernel": "reference"}
+    plan = make_plan(Checkpoint.open(dense / name), **asked)  # type: ignore[arg-type]
+    weights, loaded = StoredWeights.of(plan), load_model(dense / name, **asked)  # type: ignore[arg-type]
+    assert plan.quantized
+    for module in plan.quantized:
+        layer = loaded.get_submodule(module.name)
+        assert isinstance(layer, QuantLinear)
+        assert layer.quant_weight is not None
+        assert torch.equal(dequantize(weights.quantized(module)), dequantize(layer.quant_weight))
+        bias = weights.bias(module)
+        assert bias is None or layer.bias is None or torch.equal(bias, layer.bias)
+    found = verify(dense / name, against_transformers=True, tokens=24, **asked)
+    assert found.passed, str(found)
+    assert found.comparison is not None
+    assert len(found.comparison.linears) == len(plan.quantized)
+
+
+def test_a_dense_conv1d_model_is_compared_as_a_whole(dense: Path) -> None:
+    assert verify(dense / "gpt2", against_transformers=True, tokens=24).passed
