@@ -173,7 +173,7 @@ def verify(
         # layer has been checked with its inputs quantized.
         whole = make_plan(checkpoint, **options | {"dtype": "float32", "weight_only": True})
         ids, source = _ids(checkpoint, whole, text, tokens)
-        comparison = compare(whole, weights, ids)
+        comparison = compare(whole, StoredWeights.of(whole), ids)
     return Verification(plan, _checksums(checkpoint), kinds, damage, comparison, source, facts())
 
 
