@@ -15,7 +15,6 @@ from torch import Tensor
 
 from runtime.request import Request, SamplingParams, TokenLogprob
 
-
 CANDIDATES = 4096
 """Tokens among which a nucleus is looked for before all are sorted, which takes several times as long."""
 
