@@ -1,6 +1,6 @@
-"""Times 4-bit linear layers against bfloat16 and torch's own 4-bit operator, with weights cold in memory.
+"""Times quantized linear layers against bfloat16 and torch's own 4-bit operator, with weights cold in memory.
 
-    python -m benchmarks.linear [--kernel NAME] [--rows 1 8 64 256] [--group 128] [--threads 2]
+    python -m benchmarks.linear [--kinds int4 nf4] [--kernel NAME] [--rows 1 8 64 256] [--group 128] [--threads 2]
 
 Every path is compared with the reference first; one that is wrong gets no number and fails the run. "Of bound" is the
 time that reading the path's weight would take at the rate measured in the same turns, relative to the time it took.
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from benchmarks.timing import copies_beyond_cache, in_turn, measure, print_json, reader
 from quant import kernels
-from quant.base import LinearShape, QuantWeight, Scheme, WeightKind
+from quant.base import LinearShape, QuantWeight, Scheme, WeightKind, canonical_specs
 from quant.packing import unpack_stream
 from quant.reference import dequantize
 
@@ -31,6 +31,7 @@ TOLERANCE = 4e-3
 """Relative root mean square error: what a bfloat16 weight and result cost."""
 READ_BYTES = 32 << 20
 BASELINE = "bf16 F.linear"
+INT4PACK_GROUPS = (32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,37 @@ class Peer:
     nbytes: int
 
 
-def random_weight(shape: LinearShape, group: int) -> QuantWeight:
-    groups = shape.in_features // group
+KINDS = ("int4", "int8", "nf4", "mxfp4", "nvfp4", "fp8", "fp8-block")
+"""Integers have the group asked for and zero points; the others the groups that their formats have."""
+
+
+def scheme_of(kind: str, shape: LinearShape, group: int) -> tuple[Scheme, torch.dtype]:
+    """What a kind of :data:`KINDS` is, and the dtype of its scales."""
+    if kind.startswith("int"):
+        return Scheme(WeightKind(kind), (1, group), zero_point=True), torch.float16
+    return {
+        "nf4": (Scheme(WeightKind.NF4, (1, 64)), torch.float32),
+        "mxfp4": (Scheme(WeightKind.E2M1, (1, 32)), torch.float8_e8m0fnu),
+        "nvfp4": (Scheme(WeightKind.E2M1, (1, 16), global_scale=True), torch.float8_e4m3fn),
+        "fp8": (Scheme(WeightKind.FP8, (1, shape.in_features)), torch.float32),
+        "fp8-block": (Scheme(WeightKind.FP8, (128, 128)), torch.float32),
+    }[kind]
+
+
+def random_weight(kind: str, shape: LinearShape, group: int) -> QuantWeight:
+    scheme, dtype = scheme_of(kind, shape, group)
+    sizes = canonical_specs(scheme, shape)
+    q = torch.randint(256, sizes["q"], dtype=torch.uint8)
+    if scheme.kind is WeightKind.FP8:
+        q = q.masked_fill((q & 127) == 127, 0).view(torch.float8_e4m3fn)  # the code of NaN
     return QuantWeight(
-        Scheme(WeightKind.INT4, (1, group), zero_point=True),
+        scheme,
         shape,
-        q=torch.randint(256, (shape.out_features, shape.in_features // 2), dtype=torch.uint8),
-        scale=(torch.rand(shape.out_features, groups) * 0.01).to(torch.float16),
-        zero=torch.randint(16, (shape.out_features, groups), dtype=torch.uint8),
+        q=q,
+        scale=(torch.rand(sizes["scale"]) * 0.01 + 0.01).to(dtype),
+        zero=torch.randint(2**scheme.kind.bits, sizes["zero"], dtype=torch.uint8) if scheme.zero_point else None,
+        table=torch.linspace(-1, 1, 16) if scheme.kind.has_table else None,
+        global_scale=torch.ones(1) if scheme.global_scale else None,
     )
 
 
@@ -85,12 +109,16 @@ def error(y: Tensor, expected: Tensor) -> float:
     return ((y.double() - expected).norm() / expected.norm()).item()
 
 
-def run(shape: LinearShape, group: int, every_rows: list[int], asked: str | None) -> tuple[list[dict[str, Any]], bool]:
-    """The table of one shape, printed and as data, and whether every path was right."""
-    weight = random_weight(shape, group)
-    print(f"\n{weight.scheme}, {shape}")
+def run(
+    kind: str, shape: LinearShape, group: int, every_rows: list[int], asked: str | None
+) -> tuple[list[dict[str, Any]], bool]:
+    """The table of one kind and shape, printed and as data, and whether every path was right."""
+    weight = random_weight(kind, shape, group)
+    print(f"\n{kind}: {weight.scheme}, {shape}")
     name, peer = ours(weight, asked)
-    peers = {BASELINE: bf16(weight), "torch int4pack": int4pack(weight), name: peer}
+    peers = {BASELINE: bf16(weight), name: peer}
+    if weight.scheme.kind is WeightKind.INT4 and group in INT4PACK_GROUPS:
+        peers["torch int4pack"] = int4pack(weight)
     read, dense = reader(READ_BYTES), dequantize(weight).double()
     table, right = [], True
     print(f"{'rows':>5} {'path':28} {'ms':>8} {'spread':>7} {'x bf16':>7} {'of bound':>9}")
@@ -115,7 +143,8 @@ def run(shape: LinearShape, group: int, every_rows: list[int], asked: str | None
             busy = any(timings[other].disturbed for other in {name, BASELINE, "read"} & timings.keys())
             row = {
                 "shape": [shape.out_features, shape.in_features],
-                "group": group,
+                "kind": kind,
+                "group": weight.scheme.group,
                 "rows": rows,
                 "path": name,
                 "milliseconds": timing.seconds * 1e3,
@@ -134,15 +163,17 @@ def run(shape: LinearShape, group: int, every_rows: list[int], asked: str | None
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Times 4-bit linear layers against bfloat16.")
+    parser = argparse.ArgumentParser(description="Times quantized linear layers against bfloat16.")
     parser.add_argument("--kernel", choices=list(kernels.KERNELS), help="default: the one that would be chosen")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 256], metavar="M")
-    parser.add_argument("--group", type=int, default=128, choices=(32, 64, 128, 256))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["int4"])
+    parser.add_argument("--group", type=int, default=128, help="of integers; torch's operator knows 32 to 256")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    results = [run(shape, options.group, options.rows, options.kernel) for shape in SHAPES]
+    asked = [(kind, shape) for kind in options.kinds for shape in SHAPES]
+    results = [run(*each, options.group, options.rows, options.kernel) for each in asked]
     print()
     print_json("linear", table=[row for table, _ in results for row in table])
     return 0 if all(right for _, right in results) else 1

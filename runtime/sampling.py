@@ -15,6 +15,9 @@ from torch import Tensor
 
 from runtime.request import Request, SamplingParams, TokenLogprob
 
+CANDIDATES = 4096
+"""Tokens among which a nucleus is looked for before all are sorted, which takes several times as long."""
+
 
 def generator_for(params: SamplingParams, index: int, fallback: random.Random) -> random.Random:
     """The generator of sample ``index`` of a request: seeded by its own seed, or from the engine's generator."""
@@ -73,14 +76,31 @@ def filtered_probabilities(logits: Tensor, params: Sequence[SamplingParams]) -> 
         scores[limited] = scores[limited].masked_fill(scores[limited] < threshold, -torch.inf)
     nucleus = [row for row, p in enumerate(params) if p.top_p < 1]
     if nucleus:
-        ordered, index = scores[nucleus].softmax(-1).sort(descending=True, stable=True)
-        # A token stays while the mass before it is below top_p, so the most likely one always does.
-        dropped = ordered.cumsum(-1) - ordered >= column([params[row].top_p for row in nucleus])
-        scores[nucleus] = scores[nucleus].masked_fill(dropped.scatter(1, index, dropped), -torch.inf)
+        chosen = scores[nucleus]
+        dropped = beyond_nucleus(chosen.softmax(-1), column([params[row].top_p for row in nucleus]))
+        scores[nucleus] = chosen.masked_fill_(dropped, -torch.inf)
     probabilities = scores.softmax(-1)
     floor = column([p.min_p for p in params]) * probabilities.amax(-1, keepdim=True)
     probabilities = probabilities.masked_fill(probabilities < floor, 0)
     return probabilities / probabilities.sum(-1, keepdim=True)
+
+
+def beyond_nucleus(probabilities: Tensor, top_p: Tensor) -> Tensor:
+    """Which tokens of ``probabilities [rows, vocabulary]`` nucleus sampling drops: one stays while the mass before it is below
+    ``top_p [rows, 1]``, so the most likely one always does; of equally likely ones those with lower ids come first."""
+    vocabulary = probabilities.shape[-1]
+    count = min(CANDIDATES, vocabulary)
+    index = probabilities.topk(count, sorted=False).indices.sort(-1).values
+    ordered, place = probabilities.gather(1, index).sort(descending=True, stable=True)
+    late = ordered.cumsum(-1) - ordered >= top_p
+    dropped = torch.ones_like(probabilities, dtype=torch.bool).scatter(1, index.gather(1, place), late)
+    # Sorting everything keeps the same ones, if the candidates hold all that are as likely as the last one kept.
+    unsure = ordered.masked_fill(late, torch.inf).amin(-1) <= ordered[:, -1]
+    if count < vocabulary and bool(unsure.any()):
+        ordered, index = probabilities[unsure].sort(descending=True, stable=True)
+        late = ordered.cumsum(-1) - ordered >= top_p[unsure]
+        dropped[unsure] = late.scatter(1, index, late)
+    return dropped
 
 
 def invert(probabilities: Tensor, uniform: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 One model is in memory. It runs once as it serves (kernels, paged attention), once as the reference: Transformers' eager
 attention, and every quantized layer multiplies by its weight as read from the file, dequantized for that one call. In the
 reference run each kernel is given the same inputs as the dense product, so that a wrong layer is found by itself, whatever
-came before; hidden states after each decoder layer find what is no linear layer.
+came before; hidden states after each decoder layer find what is no linear layer. Inputs are not quantized here.
 """
 
 from __future__ import annotations

@@ -11,6 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from quant.kernels import cpu
+from runtime.checkpoint import Checkpoint
+from runtime.plan import make_plan
 from tests.families import FAMILIES
 from tests.moe_writer import MODELS
 
@@ -27,7 +32,7 @@ class Case:
     logits are not those of the file, or there are none, and weights alone are compared. ``mean``: the mean difference
     when we compute in the writer's ``dtype`` and arithmetic, which is the reference's. ``inputs`` are quantized too:
     rounding moves their codes, so only the writer's dtype can reproduce it. ``bites``: logits alone would give a wrong
-    weight away; 8 bits move them too little. ``native``: the C kernel takes layers of it. ``logits``: the folder with those
+    weight away; 8 bits move them too little. ``logits``: the folder with those
     of a gemm file of the same weights, where the writer could not run its own file.
     """
 
@@ -40,7 +45,6 @@ class Case:
     dtype: str = "float32"
     inputs: bool = False
     bites: bool = True
-    native: bool = True
     logits: str | None = None
 
     @property
@@ -60,17 +64,17 @@ FP32: dict[str, Any] = {"tolerance": 0.005, "mean": 0.0005}
 so too (``test_writers``)."""
 BF16: dict[str, Any] = {"tolerance": 0.1, "mean": 0.01, "dtype": "bfloat16"}
 """Writers that compute in bfloat16: the noise of their arithmetic, with quantized inputs or without."""
-EIGHT: dict[str, Any] = {"bites": False, "native": False}
+EIGHT: dict[str, Any] = {"bites": False}
 """Weights of 8 bits."""
 WIDE = BF16 | EIGHT
 W8A8 = WIDE | {"inputs": True}
 LLM_INT8 = W8A8 | {"tolerance": 0.25, "mean": 0.025}
 """bitsandbytes leaves whole columns of a batch unrounded where one token has an outlier, here each token is computed as it
 would be alone: 13 columns of its inputs in all. Nothing is left when we do so too (``test_writers``)."""
-WEIGHTS: dict[str, Any] = {"tolerance": None, "native": False}
+WEIGHTS: dict[str, Any] = {"tolerance": None}
 """The logits are those of a quantized KV cache, and modelopt's also of other codes than it exported: ``test_writers`` and
 ``test_quantized_inputs`` reproduce them, ``test_kv_scales`` through the engine."""
-BNB4: dict[str, Any] = {"tolerance": 0.1, "mean": 0.015, "native": False}
+BNB4: dict[str, Any] = {"tolerance": 0.1, "mean": 0.015}
 """bitsandbytes rounds absmax and the table to bfloat16 on a CPU, and the sum before it adds the bias: 0.003 is left in the mean
 when we do so too (``test_writers``)."""
 
@@ -113,8 +117,8 @@ FLOAT_CASES = [
     Case(COMPRESSED, "pack, quantized lm_head", CT, "compressed-tensors--lm-head-too", **BF16),
     Case(COMPRESSED, "FP8, static inputs", CT, "compressed-tensors--fp8-static", **W8A8),
     Case(COMPRESSED, "FP8, blocks, inputs per 128", CT, "compressed-tensors--fp8-block", **W8A8),
-    Case(COMPRESSED, "NVFP4 weights", CT, "compressed-tensors--nvfp4a16", **BF16, native=False),
-    Case(COMPRESSED, "MXFP4 weights", CT, "compressed-tensors--mxfp4a16", **BF16, native=False),
+    Case(COMPRESSED, "NVFP4 weights", CT, "compressed-tensors--nvfp4a16", **BF16),
+    Case(COMPRESSED, "MXFP4 weights", CT, "compressed-tensors--mxfp4a16", **BF16),
     Case(
         COMPRESSED,
         "4-bit pack and FP8 by regular expression",
@@ -137,18 +141,25 @@ CASES = INTEGER_CASES + FLOAT_CASES
 CUDA = "Triton, reference; not tested"
 
 
+def cpu_kernels(folder: Path) -> str:
+    """What multiplies the layers of a checkpoint on a CPU, where C can be compiled."""
+    kernel, device = cpu.CpuKernel(), torch.device("cpu")
+    fine = (None, cpu.library())
+    layers = make_plan(Checkpoint.open(folder), device="cpu").quantized
+    taken = [layer.scheme is not None and kernel.refuses(layer.scheme, layer.shape, device) in fine for layer in layers]
+    return "C kernel, reference" if all(taken) else "some layers C kernel, reference" if any(taken) else "reference"
+
+
 def table() -> str:
     """The table as Markdown: one row a case."""
     rows = ["| format | variant | verified against | CPU | CUDA |", "|---|---|---|---|---|"]
     for case in CASES:
-        cpu = "C kernel, reference" if case.native else "reference"
         writer = f"{case.writer}, weights" if case.tolerance is None or case.logits else case.writer
-        rows.append(f"| {case.family} | {case.variant} | {writer} | {cpu} | {CUDA} |")
+        rows.append(f"| {case.family} | {case.variant} | {writer} | {cpu_kernels(case.folder)} | {CUDA} |")
     families = ", ".join(family.title for family in FAMILIES.values())
     models = ", ".join(MODELS)
     for name, variant in ((f"experts, each by itself ({models})", families), ("experts, stacked (gpt_oss)", "mxfp4")):
-        cpu = "C kernel, reference" if "AWQ" in variant else "reference"
-        rows.append(f"| {name} | {variant} | Transformers, dequantized weights | {cpu} | {CUDA} |")
+        rows.append(f"| {name} | {variant} | Transformers, dequantized weights | C kernel, reference | {CUDA} |")
     rows.append("| none | float32, bfloat16, float16 | Transformers | torch | torch, not tested |")
     return "\n".join(rows)
 

@@ -1,9 +1,13 @@
-"""Weights of 2 to 4 bits on a CPU, in C (``cpu_int4.c``), with the widest instructions found when it runs.
+"""Weights of every kind on a CPU, in C (``cpu_linear.c``), with the widest instructions found when it runs.
 
-Few rows: codes are multiplied as the integers they are, scales and zero points applied once a group, everything summed
-in float32, so the result is as exact as float32 for any ``x``. Many rows: the weight is dequantized a panel at a time,
-small enough to stay in cache, and multiplied by torch; for bfloat16 ``x`` the panel is rounded to bfloat16, as a dense
-weight would be. :data:`PANEL_ROWS` says where one begins to be faster than the other. No dense copy is ever kept.
+Few rows: codes are multiplied as the numbers they mean, scales and zero points applied once a group, everything summed
+in float32, so the result is as exact as float32 for any ``x``; only the tables of NF4 and FP4 are rounded to bfloat16, for
+bfloat16 ``x``. Many rows: the weight is dequantized a panel at a time, small enough to stay in cache, and multiplied by
+torch; for bfloat16 ``x`` the panel is rounded to bfloat16, as a dense weight would be. :data:`PANEL_ROWS` says where one
+begins to be faster than the other. No dense copy is ever kept.
+
+A code takes 4 bits or 8, whichever it fits into. Where the layer's inputs are quantized, they are rounded as the reference
+rounds them (:mod:`quant.activation`), and what comes back is multiplied.
 
 float16 ``x`` is computed as float32 and rounded once. Gradients do not flow: this is for inference.
 """
@@ -13,20 +17,22 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quant.base import LinearKernel, LinearShape, QuantWeight, Scheme
+from quant.activation import quantize_dequantize
+from quant.base import LinearKernel, LinearShape, QuantWeight, Scheme, WeightKind
 from quant.kernels import native
-from quant.packing import pack_stream, unpack_stream
+from quant.packing import E2M1_VALUES, pack_stream, unpack_stream
 
 PATHS = ("portable", "avx2", "avx512", "avx512-bf16", "amx")
-"""What ``cpu_int4.c`` has code for, in its order."""
+"""What ``cpu_linear.c`` has code for, in its order."""
 AVX512, BF16, AMX = 2, 3, 4
 
 PANEL_ROWS = (8, 64, 64, 96)
@@ -39,18 +45,24 @@ THREAD_WEIGHTS = 1 << 18
 
 TILE = 32
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+SCALE_TYPES = {**TYPES, torch.float8_e4m3fn: 3, torch.float8_e8m0fnu: 4}
+NIBBLE_INTEGERS, NIBBLE_TABLE, BYTE_INTEGERS, BYTE_FLOATS = range(4)
+E2M1 = torch.tensor(E2M1_VALUES)
+NIBBLES = torch.tensor([*range(8), *range(-8, 0)], dtype=torch.float32)
+"""What 4 bits mean in two's complement."""
 PIECES = {torch.float32: 3, torch.bfloat16: 1, torch.float16: 2}
 """How many bfloat16 it takes to sum up exactly to one value."""
 
 
 class _Job(ctypes.Structure):
-    """``Job`` of ``cpu_int4.c``; ``work`` is its own."""
+    """``Job`` of ``cpu_linear.c``; ``work`` is its own."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "scale", "zero", "order", "x", "bias", "y")),
-        *((name, ctypes.c_int64) for name in ("type", "scale_type", "rows", "pieces")),
+        *((name, ctypes.c_void_p) for name in ("q", "scale", "zero", "order", "table", "x", "bias", "y")),
+        *((name, ctypes.c_int64) for name in ("kind", "type", "scale_type", "rows", "pieces")),
         *((name, ctypes.c_int64) for name in ("outputs", "inputs", "group", "padded")),
-        ("work", ctypes.c_int64 * 4),
+        ("factor", ctypes.c_double),
+        ("work", ctypes.c_int64 * 12),
     ]
 
 
@@ -61,27 +73,40 @@ class CpuWeight(QuantWeight):
     @cached_property
     def job(self) -> _Job:
         group = min(self.scheme.group, self.shape.in_features)
+        table = self.table
+        if table is None:
+            table = E2M1 if self.scheme.kind is WeightKind.E2M1 else NIBBLES
         return _Job(
             q=self.q.data_ptr(),
             scale=self.scale.data_ptr(),
             zero=None if self.zero is None else self.zero.data_ptr(),
             order=None if self.order is None else self.order.data_ptr(),
-            scale_type=TYPES[self.scale.dtype],
+            table=table.data_ptr(),
+            factor=1.0 if self.global_scale is None else self.global_scale.item(),
+            kind=_code_kind(self.scheme.kind),
+            scale_type=SCALE_TYPES[self.scale.dtype],
             outputs=self.shape.out_features,
             inputs=self.shape.in_features,
             group=group,
             padded=_padded(group),
         )
 
+    @cached_property
+    def exact_in_bf16(self) -> bool:
+        """Whether what the codes mean has at most 8 significant bits."""
+        return self.table is None or torch.equal(self.table, self.table.bfloat16().float())
+
     def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in vars(self).items() if name != "job"}  # addresses are not to be copied
+        return {
+            name: value for name, value in vars(self).items() if name != "job"
+        }  # its addresses are not to be copied
 
 
 @cache
-def _library() -> ctypes.CDLL | str:
+def library() -> ctypes.CDLL | str:
     """The compiled kernels, or why there are none."""
     here = Path(__file__).parent
-    return native.build(here / "cpu_int4.c", here / "cpu_int4_rows.h")
+    return native.build(here / "cpu_linear.c", here / "cpu_linear_rows.h", here / "cpu_linear_amx.h")
 
 
 class CpuKernel(LinearKernel):
@@ -97,9 +122,9 @@ class CpuKernel(LinearKernel):
 
     @cached_property
     def _native(self) -> ctypes.CDLL:
-        library = _library()
-        assert not isinstance(library, str), library
-        return library
+        found = library()
+        assert not isinstance(found, str), found
+        return found
 
     @cached_property
     def _path(self) -> int:
@@ -113,18 +138,12 @@ class CpuKernel(LinearKernel):
     def refuses(self, scheme: Scheme, shape: LinearShape, device: torch.device) -> str | None:
         if device.type != "cpu":
             return f"runs on a CPU, not on {device.type}"
-        if scheme.activation is not None:
-            return f"leaves inputs as they are, this layer wants them {scheme.activation}; weight_only drops that"
-        if not scheme.kind.is_integer:
-            return f"multiplies weights that are integers, not {scheme.kind.value}"
-        if scheme.flat or scheme.global_scale:
-            return f"multiplies weights with one scale a group of a row and no other factor, not {scheme}"
-        if scheme.kind.bits > 4:
-            return f"multiplies weights of up to 4 bits, not {scheme.kind.value}"
+        if scheme.flat and shape.in_features % scheme.group:
+            return f"multiplies weights whose rows have scales of their own, not {scheme}"
         if sys.byteorder != "little":
             return "reads packed codes as little-endian words, this machine is big-endian"
-        library = _library()
-        return library if isinstance(library, str) else None
+        found = library()
+        return found if isinstance(found, str) else None
 
     def prepare(self, weight: QuantWeight) -> QuantWeight:
         outputs, inputs = weight.shape.out_features, weight.shape.in_features
@@ -132,39 +151,53 @@ class CpuKernel(LinearKernel):
         padded = _padded(group)
         groups, tiles = -(-inputs // group), -(-outputs // TILE)
         rows = tiles * TILE - outputs
-        centre = 8 - 2 ** (weight.scheme.kind.bits - 1)  # moves codes of 2 and 3 bits to the middle of 4
+        kind, code_kind = weight.scheme.kind, _code_kind(weight.scheme.kind)
+        bits = 4 if code_kind in (NIBBLE_INTEGERS, NIBBLE_TABLE) else 8
+        # Moves codes of fewer bits to the middle of 4 or 8.
+        centre = 2 ** (bits - 1) - 2 ** (kind.bits - 1) if kind.is_integer else 0
 
-        nibbles = weight.q
-        if centre or groups * padded != inputs:
-            codes = unpack_stream(weight.q, weight.scheme.kind.bits, inputs) + centre
+        packed = weight.q.contiguous().view(torch.uint8)
+        if kind.bits != bits or groups * padded != inputs:
+            codes = unpack_stream(packed, kind.bits, inputs) + centre
             codes = F.pad(codes, (0, groups * group - inputs)).view(-1, groups, group)
-            nibbles = pack_stream(F.pad(codes, (0, padded - group)).flatten(1), 4)
-        words = F.pad(nibbles.view(torch.int32) ^ -0x77777778, (0, 0, 0, rows))  # code - 8, in two's complement
-        for distance, movers in ((4, 0x00F000F0), (8, 0x0000FF00)):  # even nibbles down, odd ones up
+            packed = pack_stream(F.pad(codes, (0, padded - group)).flatten(1), bits)
+        # Two's complement: the highest bit of every code turned over.
+        turned = {NIBBLE_INTEGERS: -0x77777778, BYTE_INTEGERS: -0x7F7F7F80}.get(code_kind, 0)
+        words = F.pad(packed.view(torch.int32) ^ turned, (0, 0, 0, rows))
+        for distance, movers in ((4, 0x00F000F0), (8, 0x0000FF00))[bits // 8 :]:  # even codes down, odd ones up
             swap = (words ^ words >> distance) & movers
             words ^= swap ^ swap << distance
-        words = words.view(tiles, 2, TILE // 2, groups, padded // 8).permute(0, 3, 1, 4, 2)
+        words = words.view(tiles, 2, TILE // 2, groups, padded * bits // 32).permute(0, 3, 1, 4, 2)
 
         def tiled(blocks: Tensor) -> Tensor:
-            rows_of_scales = blocks.repeat_interleave(weight.scheme.block[0], 0)[:outputs]
-            return F.pad(rows_of_scales, (0, 0, 0, rows)).view(tiles, TILE, groups).transpose(1, 2).contiguous()
+            whole = blocks.view(torch.uint8) if blocks.itemsize == 1 else blocks  # torch moves no 8-bit float
+            each = whole.repeat_interleave(weight.scheme.block[0], 0)[:outputs]
+            each = F.pad(each, (0, 0, 0, rows)).view(tiles, TILE, groups).transpose(1, 2).contiguous()
+            return each.view(blocks.dtype)
 
-        zero = None if weight.zero is None else tiled(weight.zero + centre)
-        scale, q = tiled(weight.scale), _in_huge_pages(words)
-        return CpuWeight(weight.scheme, weight.shape, q, scale, zero, weight.order, layout="cpu-int4")
+        changed: dict[str, Any] = {
+            "q": _in_huge_pages(words),
+            "scale": tiled(weight.scale.view(-1, groups)),
+            "zero": None if weight.zero is None else tiled(weight.zero + centre),
+            "layout": "cpu-codes",
+        }
+        return CpuWeight(**{field.name: getattr(weight, field.name) for field in fields(weight)} | changed)
 
     def apply(self, x: Tensor, weight: QuantWeight, bias: Tensor | None) -> Tensor:
         assert isinstance(weight, CpuWeight), weight.layout
         if x.device.type != "cpu" or x.dtype not in TYPES or x.shape[-1] != weight.shape.in_features:
             raise ValueError(f"x is {x.dtype} {list(x.shape)} on {x.device}, the weight is {weight.shape} on a CPU")
+        dtype, activation = x.dtype, weight.scheme.activation
+        if activation is not None:
+            x = quantize_dequantize(x, activation, weight.input_scale, weight.input_zero)
         path = self._path_for(x, weight)
         y = self._by_panels(x, weight, bias) if path is None else self._directly(path, x, weight, bias)
-        return y if y.dtype == x.dtype else y.to(x.dtype)
+        return y if y.dtype == dtype else y.to(dtype)
 
     def _path_for(self, x: Tensor, weight: CpuWeight) -> int | None:
         """Index of the path that multiplies so many rows soonest; ``None``: torch does, by panels."""
         rows, bf16 = x.numel() // weight.job.inputs, x.dtype == torch.bfloat16
-        if self._path == AMX and rows > 1 and weight.job.group % 32 == 0:
+        if self._path == AMX and rows > 1 and weight.job.group % 32 == 0 and (bf16 or weight.exact_in_bf16):
             return None if bf16 and rows > PANEL_ROWS_PER_INPUT * weight.job.group else AMX
         path = BF16 if bf16 and self._path == BF16 else min(self._path, AVX512)  # where AMX is, BF16 is the slower one
         return path if rows <= PANEL_ROWS[path] else None
@@ -203,6 +236,12 @@ class CpuKernel(LinearKernel):
             else:
                 torch.addmm(bias[here], x.view(-1, inputs), panel, out=y.view(-1, outputs)[:, here])
         return y
+
+
+def _code_kind(kind: WeightKind) -> int:
+    if kind.is_integer:
+        return NIBBLE_INTEGERS if kind.bits <= 4 else BYTE_INTEGERS
+    return BYTE_FLOATS if kind is WeightKind.FP8 else NIBBLE_TABLE
 
 
 def _padded(group: int) -> int:

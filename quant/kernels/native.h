@@ -14,6 +14,7 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))
 #define ALIGNED __attribute__((aligned(64)))
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -26,7 +27,7 @@
 #define AMX TARGETS("amx-tile,amx-bf16," AVX512_FEATURES)
 #endif
 
-enum { FLOAT32, BFLOAT16, FLOAT16 };
+enum { FLOAT32, BFLOAT16, FLOAT16, E4M3, E8M0 };
 
 INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -58,6 +59,15 @@ INLINE float from_f16(uint16_t bits) {
     uint32_t not_finite = (bits & 0x7c00) == 0x7c00 ? 0x7f800000 : 0;
     return as_float(as_bits(magnitude) | not_finite | (uint32_t)(bits & 0x8000) << 16);
 }
+
+INLINE float from_e4m3(uint8_t bits) {  // not its NaN
+    uint32_t magnitude = (uint32_t)(bits & 0x7f) << 20;
+    float value = as_float(magnitude + (120u << 23));
+    value += magnitude < 1u << 23 ? value - 0x1p-6f : 0;  // subnormals have no leading 1
+    return as_float(as_bits(value) | (uint32_t)(bits & 0x80) << 24);
+}
+
+INLINE float from_e8m0(uint8_t bits) { return bits ? as_float((uint32_t)bits << 23) : 0x1p-127f; }
 
 const int openmp =
 #ifdef _OPENMP

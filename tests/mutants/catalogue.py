@@ -63,15 +63,15 @@ MUTANTS = (
     Mutant(
         "zero of the C kernel off by one",
         "quant/kernels/cpu.py",
-        "centre = 8 - 2 ** (weight.scheme.kind.bits - 1)",
-        "centre = 7 - 2 ** (weight.scheme.kind.bits - 1)",
+        "centre = 2 ** (bits - 1) - 2 ** (kind.bits - 1)",
+        "centre = 2 ** (bits - 1) - 2 ** (kind.bits - 1) - 1",
         ("tests/quant/test_kernels.py::test_every_kernel_multiplies",),
     ),
     Mutant(
         "neighbour's scale in the C kernel",
         "quant/kernels/cpu.py",
-        "scale, q = tiled(weight.scale), _in_huge_pages(words)",
-        "scale, q = tiled(weight.scale.roll(1, 0)), _in_huge_pages(words)",
+        '"scale": tiled(weight.scale.view(-1, groups))',
+        '"scale": tiled(weight.scale.view(-1, groups).roll(1, 0))',
         ("tests/quant/test_kernels.py::test_every_kernel_multiplies",),
     ),
     Mutant(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,17 @@ import torch
 from torch import Tensor
 
 from quant import kernels
-from quant.base import LinearKernel, LinearShape, NoKernel, QuantWeight, Scheme, WeightKind, canonical_specs
+from quant.activation import quantize_dequantize
+from quant.base import (
+    Activation,
+    LinearKernel,
+    LinearShape,
+    NoKernel,
+    QuantWeight,
+    Scheme,
+    WeightKind,
+    canonical_specs,
+)
 from quant.kernels import cpu, native
 from quant.kernels.cpu import CpuKernel
 from quant.kernels.reference import ReferenceKernel
@@ -30,27 +41,45 @@ class Case:
     outputs: int
     inputs: int
     block: tuple[int, int]
-    bits: int = 4
+    kind: str = "int4"
     zero_point: bool = False
     act_order: bool = False
     scale: torch.dtype = torch.float16
+    global_scale: bool = False
+
+    @property
+    def scheme(self) -> Scheme:
+        kind = WeightKind(self.kind)
+        return Scheme(kind, self.block, self.zero_point, self.act_order, global_scale=self.global_scale)
 
     def __str__(self) -> str:
-        scheme = str(Scheme(WeightKind.integer(self.bits), self.block, self.zero_point, self.act_order))
-        return f"{self.inputs}-{self.outputs}-{scheme}-{self.scale}".replace(" ", "-").replace("torch.", "")
+        words = f"{self.inputs}-{self.outputs}-{self.scheme}-{self.scale}" + "-global" * self.global_scale
+        return words.replace(" ", "-").replace("torch.", "")
 
     def weight(self) -> QuantWeight:
-        scheme = Scheme(WeightKind.integer(self.bits), self.block, self.zero_point, self.act_order)
-        shape = LinearShape(self.inputs, self.outputs)
-        sizes = canonical_specs(scheme, shape)
+        scheme, shape = self.scheme, LinearShape(self.inputs, self.outputs)
+        sizes, codes = canonical_specs(scheme, shape), 2**scheme.kind.bits
         return QuantWeight(
             scheme,
             shape,
-            q=torch.randint(256, sizes["q"], dtype=torch.uint8),
-            scale=(torch.rand(sizes["scale"]) * 0.03 * 10 ** -torch.rand(sizes["scale"])).to(self.scale),
-            zero=torch.randint(2**self.bits + 1, sizes["zero"], dtype=torch.uint8) if self.zero_point else None,
+            q=self._codes(sizes["q"]),
+            scale=self._scales(sizes["scale"]),
+            zero=torch.randint(min(codes + 1, 256), sizes["zero"], dtype=torch.uint8) if self.zero_point else None,
             order=torch.randperm(self.inputs, dtype=torch.int32) if self.act_order else None,
+            table=torch.randn(16) if scheme.kind.has_table else None,
+            global_scale=torch.tensor([1.7]) if self.global_scale else None,
         )
+
+    def _codes(self, size: tuple[int, ...]) -> Tensor:
+        q = torch.randint(256, size, dtype=torch.uint8)
+        if self.kind != "fp8":
+            return q
+        return torch.where((q & 127) == 127, 3, q).view(torch.float8_e4m3fn)  # its NaN is in no file
+
+    def _scales(self, size: tuple[int, ...]) -> Tensor:
+        if self.scale == torch.float8_e8m0fnu:
+            return torch.randint(115, 125, size, dtype=torch.uint8).view(self.scale)
+        return (torch.rand(size) * 0.03 * 10 ** -torch.rand(size)).to(self.scale)
 
 
 CASES = (
@@ -70,9 +99,22 @@ CASES = (
     Case(33, 100, (1, 64), zero_point=True),  # a last group cut short
     Case(50, 256, (16, 64), zero_point=True),  # outputs that share scales
     Case(600, 1024, (1, 128), zero_point=True),  # more than one panel in float32
-    Case(48, 128, (1, 32), bits=3),
-    Case(48, 128, (1, 32), bits=3, zero_point=True),
-    Case(48, 128, (1, 64), bits=2, zero_point=True),
+    Case(48, 128, (1, 32), "int3"),
+    Case(48, 128, (1, 32), "int3", zero_point=True),
+    Case(48, 128, (1, 64), "int2", zero_point=True),
+    Case(33, 100, (1, 64), "int5", zero_point=True),
+    Case(48, 120, (1, 24), "int6", scale=torch.bfloat16),
+    Case(7, 100, (1, 20), "int7", zero_point=True, act_order=True),
+    Case(48, 256, (1, 64), "int8", zero_point=True, act_order=True),
+    Case(33, 100, (1, 100), "int8", scale=torch.float32),  # one scale an output, as W8A8
+    Case(48, 256, (1, 64), "nf4", scale=torch.float32),
+    Case(33, 100, (1, 64), "fp4", scale=torch.float32),
+    Case(48, 256, (1, 32), "e2m1", scale=torch.float8_e8m0fnu),  # mxfp4
+    Case(48, 144, (1, 16), "e2m1", scale=torch.float8_e4m3fn, global_scale=True),  # nvfp4
+    Case(33, 100, (1, 16), "e2m1", scale=torch.float8_e4m3fn, global_scale=True),
+    Case(48, 256, (48, 256), "fp8", scale=torch.float32),
+    Case(33, 100, (1, 100), "fp8", scale=torch.bfloat16),
+    Case(130, 200, (64, 128), "fp8", scale=torch.float32),
 )
 
 
@@ -129,6 +171,67 @@ def test_every_kernel_multiplies(kernel: LinearKernel, case: Case, dtype: torch.
             assert rows == 0 or error(y, x, dense, b) < TOLERANCE[dtype], f"{rows} rows, bias {b is not None}"
 
 
+EVERY_CODE = [
+    Case(4, 64, (1, 64), "int4", scale=torch.float32),
+    Case(4, 64, (1, 64), "e2m1", scale=torch.float32),
+    Case(4, 64, (1, 64), "int8", scale=torch.float32),
+    Case(4, 64, (1, 64), "fp8", scale=torch.float32),
+]
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("case", EVERY_CODE, ids=str)
+@pytest.mark.parametrize("kernel", CPU_KERNELS, ids=name_of)
+def test_every_code_means_what_the_reference_says(kernel: CpuKernel, case: Case) -> None:
+    weight = replace(case.weight(), scale=torch.ones(4, 1))
+    count = weight.q.numel()
+    weight.q.view(torch.uint8).copy_(torch.arange(count).remainder(256).view(weight.q.shape))
+    if case.kind == "fp8":
+        weight.q.view(torch.uint8)[(weight.q.view(torch.uint8) & 127) == 127] = 0
+    prepared, dense = usable(kernel, weight).prepare(weight), dequantize(weight)
+    for dtype in TOLERANCE:
+        one_hot = torch.eye(64, dtype=dtype)
+        for rows in (1, 5, 64):
+            y = torch.cat([kernel.apply(x, prepared, None) for x in one_hot.split(rows)])
+            assert torch.equal(y.float(), dense.T), f"{rows} rows of {dtype}"
+
+
+@pytest.mark.parametrize("case", [Case(33, 100, (1, 64)), Case(33, 100, (1, 24), "fp8")], ids=str)
+@pytest.mark.parametrize("kernel", CPU_KERNELS, ids=name_of)
+def test_nothing_around_x_is_read(kernel: CpuKernel, case: Case) -> None:
+    weight = case.weight()
+    prepared = usable(kernel, weight).prepare(weight)
+    for dtype in TOLERANCE:
+        memory = torch.full((300, 100), torch.nan, dtype=dtype)
+        for rows in (1, 3, 9, 70):
+            x = memory[100 : 100 + rows].copy_(inputs(rows, 100, dtype=dtype))
+            assert torch.equal(kernel.apply(x, prepared, None), kernel.apply(x.clone(), prepared, None))
+            assert kernel.apply(x, prepared, None).isfinite().all()
+            x.fill_(torch.nan)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_inputs_are_rounded_as_the_reference_rounds_them(kind: str) -> None:
+    weight = Case(48, 100, (1, 100), kind, scale=torch.float32).weight()
+    hows = [
+        Activation(WeightKind(kind)),
+        Activation(WeightKind.FP8, group=32),
+        Activation(WeightKind.INT8, threshold=2.0),
+    ]
+    for how, dtype in product(hows, TOLERANCE):
+        quantized = replace(weight, scheme=replace(weight.scheme, activation=how))
+        kernel = usable(CpuKernel(), quantized)
+        prepared, plain = kernel.prepare(quantized), kernel.prepare(weight)
+        for rows in (1, 9, 100):
+            x = inputs(rows, 100, dtype=dtype)
+            rounded = quantize_dequantize(x, how, None, None)
+            y = kernel.apply(x, prepared, None)
+            assert y.dtype == dtype
+            assert torch.equal(y, kernel.apply(rounded, plain, None).to(dtype))
+            assert error(y, rounded, dequantize(weight)) < TOLERANCE[dtype]
+            assert not torch.equal(y, kernel.apply(x, plain, None))
+
+
 @pytest.mark.parametrize("kernel", CPU_KERNELS, ids=name_of)
 def test_few_rows_of_bfloat16_round_nothing_but_the_result(kernel: CpuKernel) -> None:
     weight = Case(130, 384, (1, 128), zero_point=True).weight()
@@ -178,7 +281,7 @@ def test_a_weight_is_prepared_without_being_changed() -> None:
     weight = Case(48, 256, (1, 64), zero_point=True, act_order=True).weight()
     before = weight.map(Tensor.clone)
     prepared = usable(CpuKernel(), weight).prepare(weight)
-    assert prepared.layout == "cpu-int4"
+    assert prepared.layout == "cpu-codes"
     assert all(torch.equal(value, before.tensors()[name]) for name, value in weight.tensors().items())
 
 
@@ -188,9 +291,9 @@ SCHEME, SHAPE = Scheme(WeightKind.INT4, (1, 64)), LinearShape(256, 48)
 @pytest.fixture
 def no_build() -> Iterator[None]:
     """Forgets the library that is loaded, before and after."""
-    cpu._library.cache_clear()
+    cpu.library.cache_clear()
     yield
-    cpu._library.cache_clear()
+    cpu.library.cache_clear()
 
 
 def test_the_first_kernel_that_does_not_refuse_is_chosen() -> None:
@@ -201,10 +304,10 @@ def test_the_first_kernel_that_does_not_refuse_is_chosen() -> None:
 
 
 def test_a_kernel_asked_for_by_name_never_falls_back() -> None:
-    eight_bits = Scheme(WeightKind.INT8, (1, 64))
+    over_row_ends = Scheme(WeightKind.NF4, (1, 96), flat=True)
     assert kernels.choose(SCHEME, SHAPE, CPU, asked="reference").kernel.name == "reference"
-    with pytest.raises(NoKernel, match=r"256→48, on cpu\. cpu: multiplies weights of up to 4 bits, not int8"):
-        kernels.choose(eight_bits, SHAPE, CPU, asked="cpu")
+    with pytest.raises(NoKernel, match=r"256→48, on cpu\. cpu: multiplies weights whose rows have scales"):
+        kernels.choose(over_row_ends, SHAPE, CPU, asked="cpu")
     with pytest.raises(NoKernel, match=f"unknown kernel marlin; known: {', '.join(kernels.KERNELS)}"):
         kernels.choose(SCHEME, SHAPE, CPU, asked="marlin")
 

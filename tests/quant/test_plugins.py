@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from tests.tiny_models import tiny_model
 
 CPU = torch.device("cpu")
 SHAPE = LinearShape(32, 16)
+OVER_ROW_ENDS = Scheme(WeightKind.NF4, (1, 48), flat=True)
 BROKEN = r"toy-broken \(relinear-toy 0\.1\.0\) cannot be imported .*libtoy\.so\.2"
 
 
@@ -56,7 +58,7 @@ def test_a_checkpoint_in_a_format_of_another_package(folder: Path) -> None:
 
 def test_a_kernel_is_asked_after_the_fast_ones_and_before_the_reference() -> None:
     assert kernels.known() == [*list(kernels.KERNELS)[:-1], "toy", "toy-broken", "toy-wrong", "reference"]
-    assert kernels.choose(Scheme(WeightKind.INT8, (1, 32)), SHAPE, CPU).kernel.name == "toy"
+    assert kernels.choose(OVER_ROW_ENDS, SHAPE, CPU).kernel.name == "toy"
     four = Scheme(WeightKind.INT4, (1, 32))
     usual = kernels.choose(four, SHAPE, CPU).kernel.name
     assert usual == "cpu" or "cpu" in kernels.choose(four, SHAPE, CPU).refusals
@@ -68,9 +70,8 @@ def test_a_kernel_that_cannot_be_imported_raises_only_when_asked_for() -> None:
         kernels.choose(Scheme(WeightKind.INT8, (1, 32)), SHAPE, CPU, "toy-broken")
     with pytest.raises(LoadError, match=BROKEN):
         inspect("demo", kernel="toy-broken")
-    refusals = kernels.choose(
-        Scheme(WeightKind.FP8, (1, 32), activation=Activation(WeightKind.FP8)), SHAPE, CPU
-    ).refusals  # the other one refuses as well
+    quantized_inputs = replace(OVER_ROW_ENDS, activation=Activation(WeightKind.FP8))  # the other one refuses as well
+    refusals = kernels.choose(quantized_inputs, SHAPE, CPU).refusals
     assert "libtoy" in refusals["toy-broken"]
     with pytest.raises(NoKernel, match=r"unknown kernel x; known: .*toy, toy-broken, toy-wrong, reference"):
         kernels.create("x")

@@ -61,7 +61,7 @@ def test_every_format(tmp_path: Path, family: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_every_architecture(tmp_path: Path, name: str) -> None:
     folder = written(name, tmp_path, "fp8-block")
-    model = load_model(folder, dtype="float32")
+    model = load_model(folder, dtype="float32", kernel="reference")
     assert_same(model, dense_twin(folder))
     assert any(isinstance(module, QuantExperts) for module in model.modules())
     routers = [m for name, m in model.named_modules() if name.endswith((".gate", ".router", ".shared_expert_gate"))]
@@ -113,7 +113,7 @@ def quantized_inputs(reference: Any, layer: QuantLinear) -> Iterator[None]:
 @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.inputs] + ["fp8-block"])
 def test_inputs_of_experts_are_quantized_where_the_format_says_so(tmp_path: Path, family: str) -> None:
     folder = written("qwen3_moe", tmp_path, family)
-    model = load_model(folder, dtype="float32", weight_only=False)
+    model = load_model(folder, dtype="float32", weight_only=False, kernel="reference")
     reference = dense_twin(folder)
     reference.set_experts_implementation("eager")
     alone = logits(reference)

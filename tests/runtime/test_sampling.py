@@ -18,7 +18,15 @@ from transformers import (
 )
 
 from runtime.request import Request, SamplingParams
-from runtime.sampling import filtered_probabilities, generator_for, invert, logprobs_of, penalized, sample
+from runtime.sampling import (
+    beyond_nucleus,
+    filtered_probabilities,
+    generator_for,
+    invert,
+    logprobs_of,
+    penalized,
+    sample,
+)
 
 CASES: list[dict[str, Any]] = [
     {},
@@ -52,6 +60,20 @@ def test_the_distributions_are_those_of_transformers_in_a_mixed_batch() -> None:
     ours = filtered_probabilities(logits, params)
     for row, settings in enumerate(params):
         torch.testing.assert_close(ours[row], transformers_distribution(logits[row], settings), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("vocabulary", [300, 20_000])
+def test_a_nucleus_is_that_of_a_full_sort_ties_included(vocabulary: int) -> None:
+    """Peaked and flat rows, ones whose nucleus ends in the middle of equals, and one that is all equal."""
+    spread = torch.tensor([0.0, 0.1, 1, 3, 10, 3, 3])
+    logits = torch.randn(len(spread), vocabulary, dtype=torch.float64) * spread[:, None]
+    logits[-2] = logits[-2].round()
+    logits[-1] = logits[-1].clamp(max=1.0)
+    for top_p in (1e-9, 0.1, 0.5, 0.9, 0.999):
+        probabilities, limit = logits.softmax(-1), torch.full((len(spread), 1), top_p, dtype=torch.float64)
+        ordered, index = probabilities.sort(descending=True, stable=True)
+        late = ordered.cumsum(-1) - ordered >= limit
+        assert torch.equal(beyond_nucleus(probabilities, limit), late.scatter(1, index, late))
 
 
 def request_with(seed: int | None, **params: Any) -> Request:
