@@ -115,6 +115,8 @@ class AttentionBackend(ABC):
     """One way to compute attention over the paged cache."""
 
     name: ClassVar[str]
+    capturable: ClassVar[bool] = False
+    """Whether, where every sequence has one new token, a forward asks the device for nothing: fit for a CUDA graph."""
 
     @property
     def summary(self) -> str:

@@ -24,6 +24,7 @@ class PagedBackend(AttentionBackend):
     """Triton kernels; Triton itself is imported when one is first launched."""
 
     name = "paged"
+    capturable = True
 
     def refuses(self, spec: AttentionSpec, device: torch.device) -> str | None:
         if device.type != "cuda" and not _interpreting():

@@ -51,12 +51,14 @@ class Shape:
 
 LLAMA_1B = Shape(hidden=2048, intermediate=8192, layers=16, heads=32, kv_heads=8, vocabulary=128256)
 """Llama-3.2-1B."""
+LLAMA_8B = Shape(hidden=4096, intermediate=14336, layers=32, heads=32, kv_heads=8, vocabulary=128256)
+"""Llama-3.1-8B, but for its tied embeddings."""
 
 
-def write(shape: Shape, folder: Path, *, quantized: bool) -> Path:
-    """Write the checkpoint, one file a layer, and return its folder."""
+def write(shape: Shape, folder: Path, *, quantized: bool, device: str = "cpu") -> Path:
+    """Write the checkpoint, one file a layer, and return its folder; ``device`` draws the numbers."""
     folder.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     index: dict[str, str] = {}
     for number, tensors in enumerate(_parts(shape, quantized, generator)):
         file = f"part-{number:03d}.safetensors"
@@ -85,7 +87,7 @@ def write(shape: Shape, folder: Path, *, quantized: bool) -> Path:
 
 def _parts(shape: Shape, quantized: bool, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
     def normal(*size: int) -> Tensor:
-        return (torch.randn(*size, generator=generator) * 0.02).bfloat16()
+        return (torch.randn(*size, generator=generator, device=generator.device) * 0.02).bfloat16().cpu()
 
     ones = torch.ones(shape.hidden, dtype=torch.bfloat16)
     yield {"model.embed_tokens.weight": normal(shape.vocabulary, shape.hidden), "model.norm.weight": ones}
@@ -97,8 +99,10 @@ def _parts(shape: Shape, quantized: bool, generator: torch.Generator) -> Iterato
                 tensors[f"{prefix}.{name}.weight"] = normal(outputs, inputs)
                 continue
             words = (inputs, outputs // 8)
-            codes = torch.randint(-(2**31), 2**31 - 1, words, generator=generator, dtype=torch.int32)
-            tensors[f"{prefix}.{name}.qweight"] = codes
+            codes = torch.randint(
+                -(2**31), 2**31 - 1, words, generator=generator, dtype=torch.int32, device=generator.device
+            )
+            tensors[f"{prefix}.{name}.qweight"] = codes.cpu()
             tensors[f"{prefix}.{name}.qzeros"] = torch.full(
                 (inputs // GROUP, outputs // 8), -0x77777778, dtype=torch.int32
             )

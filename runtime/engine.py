@@ -34,6 +34,7 @@ from runtime.defaults import context_length, end_tokens, limit_by_rope, load_tok
 from runtime.detokenize import Detokenizer
 from runtime.errors import EngineDead, InvalidRequest, LoadError, Overloaded
 from runtime.grammar import GrammarCompiler, Matcher
+from runtime.graphs import batch_sizes, capture_decodes, choose_capture, reserved_bytes
 from runtime.kv_storage import plan_storage
 from runtime.loader import load
 from runtime.memory import size_cache
@@ -93,10 +94,16 @@ class Engine:
         separate_states(self.loaded.model)
         token_bytes = KVCache.bytes_per_token(specs, stored_as.dtype)
         state_bytes = bytes_per_sequence(mixers) * config.max_num_seqs
-        self.size = size_cache(config, token_bytes, context_length(plan.config), plan.device, state_bytes)
-        cache = KVCache(specs, self.size.blocks, self.size.block_size, stored_as.dtype, plan.device, stored_as.static)
-        self.max_model_len = limit_by_rope(plan.config, config.max_model_len, self.size.max_model_len)
         self.vocabulary = int(cast(Any, self.loaded.model).get_input_embeddings().num_embeddings)
+        capture = choose_capture(config, plan.device, selection.backend, bool(mixers))
+        captures = not isinstance(capture, str)
+        graph_bytes = reserved_bytes(batch_sizes(config.max_num_seqs), self.vocabulary) if captures else 0
+        self.size = size_cache(config, token_bytes, context_length(plan.config), plan.device, state_bytes, graph_bytes)
+        # One block more is nobody's: rows of a graph that stand for no sequence write there.
+        cache = KVCache(
+            specs, self.size.blocks + captures, self.size.block_size, stored_as.dtype, plan.device, stored_as.static
+        )
+        self.max_model_len = limit_by_rope(plan.config, config.max_model_len, self.size.max_model_len)
         self.end_tokens = end_tokens(self.loaded.model, self.tokenizer)
         self.sampling_defaults = sampling_defaults(checkpoint)
         self.grammars = GrammarCompiler(self.tokenizer, self.vocabulary, self.end_tokens)
@@ -109,7 +116,10 @@ class Engine:
         )
         states = StateCache(mixers, self.scheduler.max_running, plan.device) if mixers else None
         self.runner = Runner(self.loaded.model, specs, selection.backend, cache, states)
-        self.report = engine_report(self.loaded, self.layers, selection, self.size, str(stored_as), self.max_model_len)
+        graphs = capture_decodes(self.runner, capture, self.scheduler.max_running, self.max_model_len)
+        self.report = engine_report(
+            self.loaded, self.layers, selection, self.size, str(stored_as), self.max_model_len, graphs
+        )
         self.steps = 0
         self._dead: Exception | None = None
         self._random = random.Random(config.seed)

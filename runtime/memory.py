@@ -33,10 +33,16 @@ class CacheSize:
 
 
 def size_cache(
-    config: EngineConfig, token_bytes: int, context: int | None, device: torch.device, state_bytes: int = 0
+    config: EngineConfig,
+    token_bytes: int,
+    context: int | None,
+    device: torch.device,
+    state_bytes: int = 0,
+    graph_bytes: int = 0,
 ) -> CacheSize:
     """Blocks for the KV cache. ``token_bytes`` is what one token takes in all layers (0 if all are recurrent), ``context``
-    what the model was made for (``None``: it does not say), ``state_bytes`` what recurrent layers take beside it.
+    what the model was made for (``None``: it does not say), ``state_bytes`` and ``graph_bytes`` what recurrent layers and CUDA
+    graphs take beside it.
 
     Asked for by size: exactly that. Otherwise as much as ``max_num_seqs`` sequences of ``max_model_len`` can use, within
     :data:`CACHE_FRACTION` of the available memory. Raises :class:`LoadError` if ``max_model_len`` was asked for and does
@@ -46,11 +52,14 @@ def size_cache(
         raise LoadError(
             f"max_model_len {config.max_model_len} is more than the {context} positions that the model was made for."
         )
-    available = available_bytes(device) - state_bytes
+    available = available_bytes(device) - graph_bytes - state_bytes
     if available < 0:
         raise LoadError(
             f"The states of recurrent layers take {format_bytes(state_bytes)} for {config.max_num_seqs} sequences "
             f"(max_num_seqs), of {format_bytes(available + state_bytes)} available. Lower max_num_seqs."
+            if state_bytes
+            else f"CUDA graphs want {format_bytes(graph_bytes)}, and {format_bytes(available + graph_bytes)} are available. "
+            "Lower max_num_seqs, or set disable_cuda_graph (--disable-cuda-graph)."
         )
     wanted = config.max_model_len or context or 4096
     if config.max_total_tokens is not None:

@@ -20,7 +20,7 @@ LOADING = (
 )  # fmt: skip
 ENGINE = (
     "tokenizer", "skip_tokenizer_init", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_total_tokens",
-    "kv_cache_memory", "kv_cache_dtype", "enable_prefix_caching",
+    "kv_cache_memory", "kv_cache_dtype", "enable_prefix_caching", "disable_cuda_graph",
 )  # fmt: skip
 QUEUE = ("max_queued_requests", "queue_timeout", "request_timeout", "seed")
 SERVER = (
@@ -139,6 +139,10 @@ def engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--disable-radix-cache", "--no-enable-prefix-caching", dest="enable_prefix_caching", action="store_false",
         help="never start from the keys and values of an earlier prompt",
+    )  # fmt: skip
+    group.add_argument(
+        "--disable-cuda-graph", "--enforce-eager", dest="disable_cuda_graph", action="store_true",
+        help="launch the kernels of a decoding step one by one",
     )  # fmt: skip
 
 

@@ -39,8 +39,9 @@ def engine_report(
     size: CacheSize,
     stored_as: str,
     max_model_len: int,
+    graphs: str,
 ) -> str:
-    """The load report, with attention and the KV cache."""
+    """The load report, with attention, the KV cache and what is said of CUDA graphs (on a CPU nothing)."""
     token_bytes = size.nbytes // size.tokens
     lines = [
         *attention_lines(layers, selection),
@@ -50,6 +51,7 @@ def engine_report(
             f"{size.blocks} blocks of {size.block_size}) in {stored_as}; room for "
             f"{size.tokens / max_model_len:.1f} sequences of {max_model_len}",
         ),
+        *([("graphs", graphs)] if graphs else []),
     ]
     return load_report(loaded) + "\n" + aligned(lines)
 

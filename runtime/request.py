@@ -219,6 +219,12 @@ class Request:
     def scores_prompt(self) -> bool:
         return self.params.prompt_logprobs is not None
 
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether its next token is simply the likeliest, and nothing more is asked about it."""
+        params = self.params
+        return params.greedy and not params.biased and params.logprobs is None and self.matcher is None
+
     def append(self, token: int) -> FinishReason | None:
         """Add a sampled token; the reason if it ends the request."""
         self.output.append(token)

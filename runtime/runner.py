@@ -6,6 +6,7 @@ in a context variable (:mod:`attention.hf`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from attention.hf import forward_batch
 from attention.kv_cache import KVCache
 from attention.states import Segment, StateCache
 from runtime.grammar import GrammarError
+from runtime.graphs import Capture, DecodeGraphs, Logits
 from runtime.request import Request, TokenLogprob
 from runtime.sampling import logprobs_of, penalized, sample
 from runtime.scheduler import Plan
@@ -50,15 +52,33 @@ class Runner:
         self.cache = cache
         self.states = states
         self.device = next(model.parameters()).device
+        self.graphs: DecodeGraphs | None = None
         self._keeps_logits = bool(cast(Any, model)._supports_logits_to_keep())
+
+    @torch.inference_mode()
+    def capture(self, capture: Capture, sizes: Sequence[int], longest: int) -> None:
+        """Run decoding steps of up to the largest of ``sizes`` sequences, none longer than ``longest`` tokens, by what
+        ``capture`` makes of them. The last block of the cache must be nobody's."""
+        self.graphs = DecodeGraphs(
+            lambda ids, positions, batch, keep: self._forward(ids, positions, batch, keep, []),
+            capture,
+            sizes,
+            block_size=self.cache.block_size,
+            scratch=self.cache.blocks - 1,
+            blocks=-(-longest // self.cache.block_size),
+            device=self.device,
+        )
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> StepResult:
         """Run the chunks of a plan; keys and values are written, a token is sampled where a chunk reaches the end."""
-        ids, positions, batch = self._pack(plan)
         rows = self._wanted_rows(plan)
-        logits = self._forward(ids, positions, batch, self._segments(plan), [row for _, row, _ in rows])
-        return self._read(rows, logits)
+        # Of one token each, chunks give a row each, or none: only then is every row of a graph wanted.
+        if self.graphs and self.graphs.fits(plan) and len(rows) == len(plan):
+            return self._read(rows, self.graphs.run(plan))
+        ids, positions, batch = self._pack(plan)
+        keep = torch.tensor([row for _, row, _ in rows] or [0], device=self.device)
+        return self._read(rows, self._forward(ids, positions, batch, keep, self._segments(plan)))
 
     def _pack(self, plan: Plan) -> tuple[Tensor, Tensor, AttentionBatch]:
         batch = AttentionBatch.pack(
@@ -99,24 +119,27 @@ class Runner:
         return rows
 
     def _forward(
-        self, ids: Tensor, positions: Tensor, batch: AttentionBatch, segments: list[Segment], rows: list[int]
-    ) -> Tensor:
-        """Logits ``[len(rows), vocabulary]`` in float32."""
-        keep = torch.tensor(rows or [0], device=self.device)
+        self, ids: Tensor, positions: Tensor, batch: AttentionBatch, keep: Tensor, segments: list[Segment]
+    ) -> Logits:
+        """Logits of the rows ``keep``. Waits for nothing on the host, unless the model does."""
         options = {"logits_to_keep": keep} if self._keeps_logits else {}
         with forward_batch(batch, self.cache, self.backend, self.specs, self.states, segments):
             logits = self.model(input_ids=ids, position_ids=positions, use_cache=False, **options).logits[0]
-        return (logits if self._keeps_logits else logits[keep]).float()
+        return Logits.of(logits if self._keeps_logits else logits[keep])
 
     @staticmethod
-    def _read(rows: list[tuple[Request, int, int | None]], logits: Tensor) -> StepResult:
+    def _read(rows: list[tuple[Request, int, int | None]], read: Logits) -> StepResult:
         result = StepResult()
         if not rows:
             return result
-        finite = logits.amax(-1).isfinite().tolist()
+        likeliest, finite = read.verdict.tolist()
         for (request, _, _), good in zip(rows, finite, strict=True):
             if not good:
                 result.failed[request] = "the model's logits are NaN or infinite"
+        if all(token is None and request.takes_likeliest for request, _, token in rows):
+            result.tokens = {r: best for (r, _, _), best in zip(rows, likeliest, strict=True) if r not in result.failed}
+            return result
+        logits = read.values
         allowed = _allowed_tokens([r for r, _, token in rows if token is None], logits.shape[-1], result.failed)
         sampled = [i for i, (r, _, token) in enumerate(rows) if token is None and r not in result.failed]
         if sampled:
