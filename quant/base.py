@@ -227,6 +227,11 @@ class QuantMethod(ABC):
         """Why a stored tensor that no layer wants may be left out; ``None``: it may not."""
         return None
 
+    def sparse(self, layer: str, shape: LinearShape) -> dict[str, TensorSpec]:
+        """The tensors on disk of a layer that is not quantized but stored without its zeros: what
+        :func:`quant.packing.unpack_bitmask` takes, ``compressed`` and ``bitmask``. Empty: it is stored as it is."""
+        return {}
+
     @abstractmethod
     def tensors(self, layer: str, shape: LinearShape) -> dict[str, TensorSpec]:
         """The tensors of a quantized layer on disk, by local name (``qweight``, ...); the bias is not listed.

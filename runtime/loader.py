@@ -33,6 +33,7 @@ from runtime.errors import LoadError, some
 from runtime.peak import measure_peak, peak_rss
 from runtime.plan import LoadPlan, make_plan
 from runtime.report import load_report
+from runtime.sparse import decompressions
 from runtime.streaming import QuantizeStreamed, Streaming
 
 logger = logging.getLogger(__name__)
@@ -110,7 +111,8 @@ class PlannedQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
         # Transformers hands the model over as well from 5.18 on.
-        conversions = self.quantization_config.plan.experts.conversions(weight_conversions)
+        plan: LoadPlan = self.quantization_config.plan
+        conversions = plan.experts.conversions(weight_conversions) + decompressions(plan.sparse)
         return list(super().update_weight_conversions(conversions, *model))
 
     def get_weight_conversions(self) -> list[Any]:

@@ -88,6 +88,11 @@ class LoadPlan:
         return [module for module in self.modules.values() if module.scheme is not None]
 
     @property
+    def sparse(self) -> list[ModulePlan]:
+        """Dense layers that are stored without their zeros."""
+        return [module for module in self.modules.values() if module.stored and module.scheme is None]
+
+    @property
     def on_load(self) -> bool:
         """The checkpoint is dense and quantized while it loads."""
         return isinstance(self.method, OnLoad)
@@ -169,9 +174,7 @@ def make_plan(
     except QuantError as error:
         raise LoadError(f"{checkpoint.folder}: {error}") from error
     on_load = isinstance(method, OnLoad)
-    quantized = {
-        name: {*module.stored, "bias"} for name, module in modules.items() if module.scheme is not None and not on_load
-    }
+    quantized = {name: {*module.stored, "bias"} for name, module in modules.items() if module.stored and not on_load}
     account = balance(checkpoint, model, headers, quantized, method.ignored if method else lambda name: None)
     other = _other_bytes(model, modules, precision)
     stored = {name.rpartition(".")[0] for name in (*headers.tensors, *checkpoint.tensors)}
@@ -217,7 +220,10 @@ def _plan_linears(
             size = 0 if shares else shape.in_features * shape.out_features * dtype.itemsize
             reason = method.dense_reason(written) if method else "the checkpoint is not quantized"
             reason = f"shares the weight of {tied[f'{name}.weight']}" if shares else reason
-            plans[name] = ModulePlan(name, shape, {}, None, None, reason, size)
+            sparse = method.sparse(written, shape) if method else {}
+            for local, expected in sparse.items():
+                check_stored(f"{name}.{local}", headers.tensors.get(f"{name}.{local}"), expected)
+            plans[name] = ModulePlan(name, shape, sparse, None, None, reason, size)
             continue
         if not shape.bias and (bias := headers.tensors.get(f"{name}.bias")):
             # auto-gptq stores one, mostly of zeros, for every layer; if it is not zero, it was meant.
@@ -240,7 +246,7 @@ def _plan_linears(
         scale = next((spec.dtype for local, spec in stored.items() if "scale" in local or local == "s"), torch.float32)
         size = canonical_bytes(scheme, shape, method.scale_dtype if isinstance(method, OnLoad) else scale)
         plans[name] = ModulePlan(name, shape, stored, scheme, choice, reason, size, dropped, stored_transposed(module))
-    if method and not any(plan.scheme for plan in plans.values()):
+    if method and not any(plan.scheme or plan.stored for plan in plans.values()):
         raise LoadError(
             f"quantization_config says {method.summary}, but no linear layer of {type(model).__name__} is stored so. "
             "The checkpoint is dense or damaged: remove quantization_config to load it as it is."

@@ -92,7 +92,16 @@ class CompressedTensors(QuantMethod):
             activation=None if shape.lookup else group.inputs,
         )
 
+    def sparse(self, layer: str, shape: LinearShape) -> dict[str, TensorSpec]:
+        if not self._is_sparse(layer):
+            return {}
+        rows, columns, found = shape.out_features, shape.in_features, self.headers[f"{layer}.compressed"]
+        bitmask = TensorSpec((rows, -(-columns // 8)), torch.uint8)
+        return {"compressed": TensorSpec((rows, columns // 2), found.dtype), "bitmask": bitmask}
+
     def dense_reason(self, layer: str) -> str:
+        if self._is_sparse(layer):
+            return "2:4 sparse (compressed, bitmask), not quantized: decompressed while loading"
         if entry := self.config.ignored(layer):
             return f"named in ignore ({entry!r})"
         if self.config.group_of(layer) is None:
@@ -103,6 +112,9 @@ class CompressedTensors(QuantMethod):
         return self.config.unmatched(layers)
 
     def ignored(self, name: str) -> str | None:
+        layer, _, local = name.rpartition(".")
+        if local == "shape" and self._is_sparse(layer):
+            return "sizes of a 2:4 sparse weight, which are the layer's"
         return kv_scale_reason(name)
 
     def tensors(self, layer: str, shape: LinearShape) -> dict[str, TensorSpec]:
@@ -143,8 +155,15 @@ class CompressedTensors(QuantMethod):
     def _has(self, layer: str, local: str) -> bool:
         return f"{layer}.{local}" in self.headers
 
+    def _is_sparse(self, layer: str) -> bool:
+        """2:4 sparse and not quantized."""
+        found = self.headers.get(f"{layer}.compressed")
+        return found is not None and found.dtype in SCALE_DTYPES
+
     def _codes(self, layer: str) -> str | None:
         """The local name of the tensor that holds the codes; ``None``: the layer is dense."""
+        if self._is_sparse(layer):
+            return None
         for local in ("weight_packed", "compressed"):
             if self._has(layer, local):
                 return local
@@ -171,11 +190,6 @@ class CompressedTensors(QuantMethod):
                 f"{layer}: {codes} is stored quantized, but no target in quantization_config: config_groups means this layer."
             )
         spec, kind = self.headers[f"{layer}.{codes}"], group.weights.kind
-        if codes == "compressed" and spec.dtype in SCALE_DTYPES:
-            raise UnsupportedCheckpoint(
-                f"{layer}.compressed is {spec}: 2:4 sparse weights that are not quantized (format: sparse-24-bitmask) are not "
-                "supported. Decompress the model with compressed-tensors 0.12."
-            )
         fitting = {torch.int32: kind.is_integer, torch.uint8: kind is WeightKind.E2M1}
         if codes != "weight_packed":
             fitting = {torch.int8: kind.is_integer, torch.float8_e4m3fn: kind is WeightKind.FP8}
