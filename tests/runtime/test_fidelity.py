@@ -24,6 +24,7 @@ from transformers import AutoTokenizer
 
 from runtime import LLM, SamplingParams, load_model
 from runtime.checkpoint import locate
+from runtime.graphs import Logits
 from runtime.request import Request
 from runtime.runner import Runner, StepResult
 from tests.runtime.test_engine import dequantized
@@ -80,8 +81,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Tensor
     rows: dict[int, list[Tensor]] = {}
     real = Runner._read
 
-    def read(wanted: list[tuple[Request, int, int | None]], logits: Tensor) -> StepResult:
-        for (request, _, _), row in zip(wanted, logits, strict=False):
+    def read(wanted: list[tuple[Request, int, int | None]], logits: Logits) -> StepResult:
+        for (request, _, _), row in zip(wanted, logits.values, strict=False):
             rows.setdefault(request.uid, []).append(row.double().log_softmax(-1))
         return real(wanted, logits)
 
