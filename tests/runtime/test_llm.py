@@ -11,6 +11,7 @@ import torch
 from attention.kv_dtypes import DTYPES
 from runtime import LLM, EngineDead, InvalidRequest, LoadError, Overloaded, SamplingParams
 from runtime.detokenize import Detokenizer
+from runtime.graphs import Logits
 from runtime.runner import Runner, StepResult
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
@@ -304,11 +305,11 @@ def test_logits_that_are_not_finite_end_that_request_alone(llm: LLM, monkeypatch
     expected = llm.generate(PROMPTS[1], GREEDY)[0].outputs[0].token_ids
     real = Runner._forward
 
-    def poisons_the_first(self: Runner, *arguments: Any) -> torch.Tensor:
-        logits = real(self, *arguments)
-        if logits.shape[0] == 2:
-            logits[0] = torch.nan
-        return logits
+    def poisons_the_first(self: Runner, *arguments: Any) -> Logits:
+        values = real(self, *arguments).values
+        if values.shape[0] == 2:
+            values[0] = torch.nan
+        return Logits.of(values)
 
     monkeypatch.setattr(Runner, "_forward", poisons_the_first)
     bad, good = llm.generate(PROMPTS[:2], GREEDY)
