@@ -20,6 +20,7 @@ import uvicorn
 from runtime.config import EngineConfig
 from runtime.errors import Error, LoadError
 from runtime.server.app import build_app
+from runtime.server.connection import PatientProtocol
 from runtime.server.gate import MAX_HEADER_BYTES
 from runtime.server.metrics import Metrics
 from runtime.server.options import ServerOptions
@@ -58,7 +59,7 @@ class _Process:
         metrics.watch(self.worker)
         settings = uvicorn.Config(
             build_app(self.worker, options, metrics),
-            http="h11",
+            http=PatientProtocol,
             ws="none",
             lifespan="off",
             log_config=None,

@@ -124,8 +124,8 @@ class Service:
         return await self._on(self._texts, lambda: str(decode(tokens, skip_special_tokens=skip_special_tokens)))
 
     async def flush_cache(self) -> None:
-        """Forget cached prefixes. Raises :class:`NotReady`."""
-        assert self.engine is not None
+        """Forget cached prefixes. Raises :class:`NotReady` or :class:`EngineDead`."""
+        _ = self.engine  # which raises while there is none
         await self.worker.call(Engine.flush_cache)
 
     def _require_short(self, prompt: str) -> None:
