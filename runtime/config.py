@@ -21,6 +21,7 @@ class EngineConfig:
     fail rather than fall back. ``weight_only`` says whether layers' inputs are left alone where they would be quantized
     (``None``: as the format's own library does on this device). ``max_model_len`` is the longest prompt and answer
     together, ``max_total_tokens`` (or ``kv_cache_memory``, bytes or ``"2GiB"``) the size of the KV cache,
+    ``mem_fraction_static`` the most it may take of the memory that is free once the weights are loaded (``None``: half),
     ``max_num_batched_tokens`` the tokens of one forward pass and ``max_num_seqs`` the requests that run at once.
     ``kv_cache_dtype`` is ``auto`` (FP8 if the checkpoint asks for it, else the model's), ``bf16``, ``fp16``, ``fp32``,
     ``fp8_e4m3`` or ``int8``. ``max_queued_requests`` may wait for that, at most ``queue_timeout`` seconds, and must
@@ -42,6 +43,7 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None
     max_num_seqs: int = 32
     max_total_tokens: int | None = None
+    mem_fraction_static: float | None = None
     kv_cache_memory: int | str | None = None
     kv_cache_dtype: str = "auto"
     block_size: int = 16
@@ -67,6 +69,11 @@ class EngineConfig:
             seconds = getattr(self, name)
             if seconds is not None and not seconds > 0:
                 raise LoadError(f"{name} must be a positive number of seconds, not {seconds!r}.")
+        fraction = self.mem_fraction_static
+        if fraction is not None and not 0 < fraction < 1:
+            raise LoadError(f"mem_fraction_static must be between 0 and 1, not {fraction!r}.")
+        if fraction is not None and (self.max_total_tokens is not None or self.kv_cache_memory is not None):
+            raise LoadError("mem_fraction_static limits a KV cache whose size is not given; leave one of them out.")
         if self.max_total_tokens is not None and self.kv_cache_memory is not None:
             raise LoadError("max_total_tokens and kv_cache_memory both size the KV cache; give one of them.")
 

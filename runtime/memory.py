@@ -45,8 +45,8 @@ def size_cache(
     graphs take beside it.
 
     Asked for by size: exactly that. Otherwise as much as ``max_num_seqs`` sequences of ``max_model_len`` can use, within
-    :data:`CACHE_FRACTION` of the available memory. Raises :class:`LoadError` if ``max_model_len`` was asked for and does
-    not fit; if it was not, it is lowered to what fits.
+    ``mem_fraction_static`` (:data:`CACHE_FRACTION`) of the available memory. Raises :class:`LoadError` if ``max_model_len``
+    was asked for and does not fit; if it was not, it is lowered to what fits.
     """
     if context is not None and (config.max_model_len or 0) > context:
         raise LoadError(
@@ -67,7 +67,8 @@ def size_cache(
     elif config.kv_cache_memory is not None:
         tokens = parse_bytes(config.kv_cache_memory) // max(1, token_bytes)
     else:
-        tokens = min(config.max_num_seqs * wanted, int(available * CACHE_FRACTION) // max(1, token_bytes))
+        fraction = config.mem_fraction_static or CACHE_FRACTION
+        tokens = min(config.max_num_seqs * wanted, int(available * fraction) // max(1, token_bytes))
         tokens = -(-tokens // config.block_size) * config.block_size
     blocks = tokens // config.block_size
     nbytes = blocks * config.block_size * token_bytes

@@ -20,13 +20,13 @@ LOADING = (
 )  # fmt: skip
 ENGINE = (
     "tokenizer", "skip_tokenizer_init", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_total_tokens",
-    "kv_cache_memory", "kv_cache_dtype", "enable_prefix_caching", "disable_cuda_graph",
+    "mem_fraction_static", "kv_cache_memory", "kv_cache_dtype", "enable_prefix_caching", "disable_cuda_graph",
 )  # fmt: skip
 QUEUE = ("max_queued_requests", "queue_timeout", "request_timeout", "seed")
 SERVER = (
     "host", "port", "served_model_name", "api_key", "api_key_file", "allowed_hosts", "max_body_bytes", "chat_template",
     "tool_call_parser", "reasoning_parser",
-    "sampling_defaults", "watchdog_timeout", "shutdown_timeout", "log_level",
+    "ssl_keyfile", "ssl_certfile", "log_requests", "sampling_defaults", "watchdog_timeout", "shutdown_timeout", "log_level",
 )  # fmt: skip
 
 
@@ -74,6 +74,9 @@ def loading_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--attention-backend", metavar="NAME", help="what attends; default: the best here")
     group.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 (half) or float32 (default: auto)")
     group.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    group.add_argument(
+        "--load-format", type=_load_format, metavar="F", help="auto or safetensors; there is nothing else that is safe"
+    )
     group.add_argument("--trust-remote-code", action="store_true", help="run Python code of the checkpoint")
     group.add_argument("--revision", help="branch, tag or commit of a Hub repository")
     quantizing_options(parser)
@@ -129,6 +132,10 @@ def engine_options(parser: argparse.ArgumentParser) -> None:
         "--chunked-prefill-size", "--max-num-batched-tokens", dest="max_num_batched_tokens", type=int, metavar="N"
     )
     group.add_argument("--max-total-tokens", type=int, metavar="N", help="size of the KV cache in tokens")
+    group.add_argument(
+        "--mem-fraction-static", "--gpu-memory-utilization", dest="mem_fraction_static", type=float, metavar="F",
+        help="most that the KV cache takes of the memory left by the weights (default: 0.5)",
+    )  # fmt: skip
     group.add_argument("--kv-cache-memory", metavar="SIZE", help="size of the KV cache, e.g. 2GiB")
     group.add_argument(
         "--kv-cache-dtype",
@@ -171,12 +178,18 @@ def server_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--api-key", metavar="KEY", help="asked for on every route but /health")
     group.add_argument("--api-key-file", metavar="FILE", help="one key a line; out of the process list")
     group.add_argument("--allowed-hosts", type=_names, metavar="H,H", help="default: loopback names when on loopback")
+    group.add_argument("--ssl-keyfile", metavar="FILE", help="with --ssl-certfile: serve https")
+    group.add_argument("--ssl-certfile", metavar="FILE", help="PEM, with its chain")
+    group.add_argument("--log-requests", action="store_true", default=None, help="a line a request, without its text")
     group.add_argument("--max-body-bytes", type=int, metavar="N", help="default: 8 MiB")
     group.add_argument("--chat-template", metavar="FILE", help="instead of the tokenizer's own")
     group.add_argument(
         "--tool-call-parser",
         metavar="NAME",
         help="how calls look: hermes, qwen25, qwen3_coder; default: known for the model",
+    )
+    group.add_argument(
+        "--enable-auto-tool-choice", action="store_true", help="accepted for vLLM's users; calls are always read"
     )
     group.add_argument(
         "--reasoning-parser", metavar="NAME", help="how thoughts look: qwen3, deepseek-r1; default: known for the model"
@@ -190,6 +203,14 @@ def server_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model-impl", choices=("auto", "transformers"), help="whose modelling code; there is only Transformers'"
     )
+
+
+def _load_format(text: str) -> str:
+    if text not in ("auto", "safetensors"):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not read: only safetensors are; pickled files (pt, bin) could run code, and GGUF is refused by design"
+        )
+    return text
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -116,6 +116,7 @@ class Worker:
         self._on_ready, self._on_end, self._on_delta = on_ready, on_end, on_delta
         self._inbox: queue.SimpleQueue[Callable[[Engine], None]] = queue.SimpleQueue()
         self._routes: dict[int, tuple[Stream, int]] = {}
+        self._calls: set[asyncio.Future[Any]] = set()
         self._stopping = False
         self._loop: asyncio.AbstractEventLoop
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -130,8 +131,7 @@ class Worker:
     def stop(self) -> None:
         """Leave the thread after its current step; streams that are still open end with an error."""
         self._stopping = True
-        for stream in list(self.streams):
-            stream.fail(EngineDead("the server is shutting down; the answer is incomplete."))
+        self._fail_all(EngineDead("the server is shutting down; the answer is incomplete."))
         self._inbox.put(lambda engine: None)
 
     def join(self, seconds: float) -> bool:
@@ -167,8 +167,12 @@ class Worker:
         return stream
 
     async def call(self, function: Callable[[Engine], Any]) -> Any:
-        """Run a function on the engine's thread, between two steps."""
+        """Run a function on the engine's thread, between two steps. Raises :class:`EngineDead`."""
+        if self.error is not None or self._stopping:
+            raise EngineDead(f"the engine stopped: {self.error or 'the server is shutting down'}")
         future: asyncio.Future[Any] = self._loop.create_future()
+        self._calls.add(future)
+        future.add_done_callback(self._calls.discard)
 
         def finish(result: Any) -> None:
             if not future.done():
@@ -256,9 +260,16 @@ class Worker:
 
     def _end(self, error: Exception) -> None:
         self.error = error
-        for stream in list(self.streams):
-            stream.fail(EngineDead(str(error)))
+        self._fail_all(EngineDead(str(error)))
         self._on_end(error)
+
+    def _fail_all(self, error: EngineDead) -> None:
+        """Whoever waits for the engine's thread gets ``error``."""
+        for stream in list(self.streams):
+            stream.fail(error)
+        for call in list(self._calls):
+            if not call.done():
+                call.set_exception(error)
 
 
 def failure_of(delta: Delta) -> Exception | None:

@@ -23,10 +23,21 @@ class ServerOptions:
     chat_template: str | None = None
     tool_call_parser: str | None = None
     reasoning_parser: str | None = None
+    ssl_keyfile: str | None = None
+    ssl_certfile: str | None = None
+    log_requests: bool = False
     sampling_defaults: str = "model"
     watchdog_timeout: float = 300.0
     shutdown_timeout: float = 30.0
     log_level: str = "info"
+
+    def __post_init__(self) -> None:
+        if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
+            raise LoadError("https needs both --ssl-keyfile and --ssl-certfile.")
+
+    @property
+    def scheme(self) -> str:
+        return "http" if self.ssl_certfile is None else "https"
 
     @property
     def loopback(self) -> bool:

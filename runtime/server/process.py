@@ -20,6 +20,7 @@ import uvicorn
 from runtime.config import EngineConfig
 from runtime.errors import Error, LoadError
 from runtime.server.app import build_app
+from runtime.server.connection import PatientProtocol
 from runtime.server.gate import MAX_HEADER_BYTES
 from runtime.server.metrics import Metrics
 from runtime.server.options import ServerOptions
@@ -58,7 +59,7 @@ class _Process:
         metrics.watch(self.worker)
         settings = uvicorn.Config(
             build_app(self.worker, options, metrics),
-            http="h11",
+            http=PatientProtocol,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -67,9 +68,15 @@ class _Process:
             proxy_headers=False,
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             limit_concurrency=MAX_CONNECTIONS,
+            ssl_keyfile=options.ssl_keyfile,
+            ssl_certfile=options.ssl_certfile,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=int(CLOSE_SECONDS),
         )
+        try:
+            settings.load()
+        except OSError as error:
+            raise LoadError(f"--ssl-keyfile, --ssl-certfile: {error}") from error
         self.server = _Server(settings, self._asked_to_end)
         self.listener = _bind(options)
         self._draining: asyncio.Task[None] | None = None
@@ -103,7 +110,7 @@ class _Process:
 
     def _address(self) -> str:
         host, port = self.listener.getsockname()[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        return f"{self.options.scheme}://[{host}]:{port}" if ":" in host else f"{self.options.scheme}://{host}:{port}"
 
     def _ended(self, error: Exception) -> None:
         """The engine could not be loaded, or stopped."""

@@ -10,6 +10,7 @@ import asyncio
 import copy
 import functools
 import json
+import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,8 @@ from runtime.server.reply import ReplyFormat
 from runtime.server.template import RENDER_SECONDS, load_template, render
 from runtime.server.tokens import TokenTable
 from runtime.worker import Stream, Worker, failure_of
+
+logger = logging.getLogger(__name__)
 
 PING_SECONDS = 15.0
 COMPILE_SECONDS = 20.0
@@ -124,8 +127,8 @@ class Service:
         return await self._on(self._texts, lambda: str(decode(tokens, skip_special_tokens=skip_special_tokens)))
 
     async def flush_cache(self) -> None:
-        """Forget cached prefixes. Raises :class:`NotReady`."""
-        assert self.engine is not None
+        """Forget cached prefixes. Raises :class:`NotReady` or :class:`EngineDead`."""
+        _ = self.engine  # which raises while there is none
         await self.worker.call(Engine.flush_cache)
 
     def _require_short(self, prompt: str) -> None:
@@ -177,7 +180,16 @@ class Service:
         matcher = await self.compile(params)
         stream = await self.worker.submit(prompts, params, matcher)
         self.metrics.prompts(stream)
+        if self.options.log_requests:
+            lengths = [len(prompt) for prompt in prompts]
+            logger.info("request: %d prompts of %s tokens, %s", len(prompts), lengths[:8], self._logged(params))
         return stream
+
+    @staticmethod
+    def _logged(params: SamplingParams) -> str:
+        """The numbers of a request; its texts stay out of the log."""
+        names = ("n", "max_tokens", "temperature", "top_p", "top_k", "seed")
+        return ", ".join(f"{name} {getattr(params, name)}" for name in names)
 
     # And back -----------------------------------------------------------------------------------------------------
 

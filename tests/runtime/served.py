@@ -36,7 +36,7 @@ class Served:
         self._log = Path(self.folder.name) / "log"
         with self._log.open("w") as log:
             self.process = subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=log)
-        self.url = self._await(r"listening: (http://[^\s;]+)")
+        self.url = self._await(r"listening: (https?://[^\s;]+)")
         if wait:
             self._await(r"(ready):")
 

@@ -83,6 +83,13 @@ def test_bad_sampling_values_fail_before_loading(flag: list[str], capsys: pytest
     assert flag[0].lstrip("-").replace("-", "_") in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("form", ["pt", "gguf"])
+def test_a_load_format_that_is_not_read_says_why(form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["inspect", "demo", "--load-format", form])
+    assert "only safetensors are" in capsys.readouterr().err
+
+
 def test_prompt_files(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("first line\n\nform\ffeed and \u2028 stay\n{not json\n", encoding="utf-8")
@@ -180,6 +187,8 @@ def test_a_bad_configuration_file_says_what_is_wrong(
         (("demo", "--api-key", ""), "--api-key is empty"),
         (("demo", "--api-key-file", "/nonexistent"), "--api-key-file"),
         (("demo", "--chat-template", "/nonexistent"), "--chat-template"),
+        (("demo", "--ssl-keyfile", "/nonexistent"), "needs both --ssl-keyfile and --ssl-certfile"),
+        (("demo", "--ssl-keyfile", "/nonexistent", "--ssl-certfile", "/nonexistent"), "No such file"),
         (("demo", "--queue-timeout", "-1"), "queue_timeout must be a positive number"),
         (("demo", "--port", "99999"), "Choose another port"),
     ],

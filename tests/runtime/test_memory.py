@@ -32,6 +32,7 @@ def test_never_more_than_a_fraction_of_what_is_available() -> None:
     found = size(max_num_seqs=10_000)
     assert 0 < found.nbytes <= 0.51e9
     assert found.tokens % found.block_size == 0
+    assert 0.19e9 < size(max_num_seqs=10_000, mem_fraction_static=0.2).nbytes <= 0.21e9
 
 
 def test_a_long_context_is_lowered_to_what_fits() -> None:
@@ -67,6 +68,9 @@ def test_sizes_that_are_none(text: str) -> None:
 def test_bad_options_are_named() -> None:
     for options in ({"max_model_len": 0}, {"block_size": True}, {"max_num_seqs": "4"}):
         with pytest.raises(LoadError, match=next(iter(options))):
+            EngineConfig(model="x", **options)
+    for options in ({"mem_fraction_static": 1.5}, {"mem_fraction_static": 0.5, "max_total_tokens": 64}):
+        with pytest.raises(LoadError, match="mem_fraction_static"):
             EngineConfig(model="x", **options)
     with pytest.raises(LoadError, match="give one of them"):
         EngineConfig(model="x", max_total_tokens=5, kv_cache_memory=5)

@@ -5,10 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -263,6 +267,69 @@ def test_two_requests_in_one_packet_are_both_answered(server: Served) -> None:
     connection.close()
 
 
+def test_headers_that_do_not_come_are_not_waited_for() -> None:
+    quick = "import runtime.server.connection as c\nc.HEADER_SECONDS = 1.0"
+    with Served(faulty=quick) as server:
+        before = server.descriptors
+        began = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+        whole = began + b"\r\n"
+        silent, dripping, second = raw(server, b"", 10), raw(server, began, 10), raw(server, whole, 10)
+        while b'"ok"' not in second.recv(4000):
+            pass
+        second.sendall(began)
+        started = time.monotonic()
+        while time.monotonic() - started < 0.8:
+            dripping.sendall(b"x: y\r\n")  # every byte in time, the headers never
+            time.sleep(0.1)
+        long = raw(server, post_bytes({**LONG, "max_tokens": 700}), 20)
+        for connection in (silent, dripping, second):
+            with contextlib.suppress(ConnectionResetError):
+                while connection.recv(4000):
+                    pass
+            connection.close()
+        assert time.monotonic() - started < 5
+        content = b""
+        while b"[DONE]" not in content:
+            content += long.recv(65536)  # an answer may take longer than headers
+        long.close()
+        server.until_idle()
+        assert server.descriptors <= before + 1
+
+
+def test_a_client_that_only_closes_its_sending_half_has_left(server: Served) -> None:
+    connection = raw(server, post_bytes(LONG), seconds=10)
+    assert b"200 OK" in connection.recv(1000)
+    connection.shutdown(socket.SHUT_WR)
+    server.until_idle(seconds=2.0)
+    connection.close()
+
+
+def test_leaving_takes_effect_within_a_few_steps(server: Served) -> None:
+    pieces: list[dict[str, Any]] = []
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG, timeout=20) as response:
+        for piece in events(response):
+            pieces.append(piece)
+            if len(pieces) == 20:
+                break
+    server.until_idle(seconds=1.0)
+    generated = server.metric("generation_tokens_total")
+    time.sleep(0.2)
+    assert server.metric("generation_tokens_total") == generated
+
+
+def test_many_idle_connections_and_bad_ones_leave_no_descriptor(server: Served) -> None:
+    before = server.descriptors
+    for _ in range(3):
+        connections = [raw(server, content) for content in (b"", b"GET", b"\x16\x03\x01\x02", b"\0" * 99) * 40]
+        assert server.post("/v1/completions", GREEDY).status_code == 200
+        for connection in connections:
+            connection.close()
+    end = time.monotonic() + 5
+    while server.descriptors > before + 2 and time.monotonic() < end:
+        time.sleep(0.05)
+    assert server.descriptors <= before + 2
+
+
 # Process
 
 
@@ -358,3 +425,38 @@ def test_loading_is_not_healthy_and_a_bad_model_ends_the_process(tmp_path: Any) 
         assert server.process.wait(30) == 1
         assert "nonsense" in server.log
         assert "Traceback" not in server.log
+
+
+def test_whoever_waits_for_an_engine_that_dies_is_told() -> None:
+    slow_death = "(time.sleep(1.5), (_ for _ in ()).throw(RuntimeError('the device fell off')))"
+    with Served(faulty=BROKEN.format(what=slow_death)) as server:
+        answers: list[httpx.Response] = []
+        connection = raw(server, post_bytes(LONG))
+        while b"data: " not in connection.recv(4096):
+            pass
+        time.sleep(0.5)  # the thread hangs by now
+        waiting = threading.Thread(target=lambda: answers.append(server.post("/flush_cache", {})))
+        waiting.start()
+        waiting.join(15)
+        connection.close()
+        assert [answer.status_code for answer in answers] == [503]
+        assert "the device fell off" in answers[0].text
+        assert server.process.wait(20) == 70
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
+def test_https_and_a_log_of_requests_without_their_text(tmp_path: Path) -> None:
+    key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "certificate.pem")
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate, *subject]
+    subprocess.run(make, check=True, capture_output=True)
+    with Served("--ssl-keyfile", key, "--ssl-certfile", certificate, "--log-requests") as server:
+        trusting = ssl.create_default_context(cafile=certificate)
+        answer = server.post("/v1/completions", GREEDY, verify=trusting)
+        assert answer.json()["usage"]["completion_tokens"] == GREEDY["max_tokens"]
+        with pytest.raises(httpx.HTTPError):
+            httpx.get(server.url.replace("https", "http") + "/health")
+        assert "1 prompts of [" in server.log
+        assert "max_tokens 12, temperature 0" in server.log
+        assert "def main" not in server.log
+        assert server.stop() == 0
