@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from quant.base import WeightKind
 from quant.linear import QuantLinear
+from quant.reference import dequantize
 from runtime import LLM, load_model
 from tests.formats import CASES, Case
 from tests.quant.test_formats import WITH_LOGITS
@@ -57,17 +59,21 @@ def test_logits_are_those_of_the_writer(case: Case) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.checkpoint)
 def test_layers_whose_inputs_are_quantized_compute_what_they_compute_on_the_cpu(case: Case) -> None:
-    """Layer by layer, on the same inputs: through a whole model any rounding moves codes, and no bound is tight."""
-    on_cpu, on_gpu = (
-        quantized(load_model(case.folder, device=device, dtype="float32", weight_only=False))
-        for device in ("cpu", "cuda")
-    )
+    """Layer by layer, on the same inputs: through a whole model any rounding moves codes, and no bound is tight. One code of
+    a row of int8 inputs may still move, where a quotient lies between two."""
+    options = {"dtype": "float32", "weight_only": False}
+    on_cpu = quantized(load_model(case.folder, device="cpu", kernel="reference", **options))
+    on_gpu = quantized(load_model(case.folder, device="cuda", **options))
     executed = [name for name, layer in on_cpu.items() if layer.scheme.activation]
     assert executed or not case.inputs
     for name in executed:
         x = torch.randn(5, on_cpu[name].in_features) * torch.logspace(-2, 1, 5)[:, None]
         expected, found = on_cpu[name](x), on_gpu[name](x.cuda()).cpu()
-        assert (found - expected).abs().max() < RELATIVE * expected.abs().max()
+        allowed = RELATIVE * expected.abs().max()
+        if on_cpu[name].scheme.activation.kind is WeightKind.INT8:
+            weight = dequantize(on_cpu[name].quant_weight)
+            allowed = allowed + x.abs().amax(1, keepdim=True) / 127 * weight.abs().max()
+        assert ((found - expected).abs() < allowed).all()
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.checkpoint)

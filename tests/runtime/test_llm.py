@@ -264,7 +264,7 @@ def test_a_quantized_cache_costs_little(llm: LLM, kv_cache_dtype: str) -> None:
 
 
 def test_an_unknown_cache_dtype_is_refused() -> None:
-    with pytest.raises(LoadError, match="'fp4'; known: auto, bf16, fp8_e4m3, int8"):
+    with pytest.raises(LoadError, match="'fp4'; known: auto, bf16, fp16, fp32, fp8_e4m3, int8"):
         LLM("demo", kv_cache_dtype="fp4")
 
 

@@ -120,10 +120,17 @@ def test_an_asked_kernel_is_taken() -> None:
     assert layer.kernel.name == "reference"
 
 
-@pytest.mark.parametrize("name", ["fp7", "", "GGML"])
-def test_an_unknown_method_names_the_known(folder: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fp7", "quant_method 'fp7' is not supported; known: .*awq"),
+        ("GGML", "quant_method 'ggml' is not supported; known: .*awq"),
+        ("", "has no quant_method. Add the format .*awq"),
+    ],
+)
+def test_an_unknown_method_names_the_known(folder: Path, name: str, message: str) -> None:
     edit_quantization(folder, quant_method=name)
-    with pytest.raises(LoadError, match=rf"quant_method '{name.lower()}' is not supported; known: .*awq"):
+    with pytest.raises(LoadError, match=message):
         load_model(folder)
 
 
