@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-CONTRACT = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated", "down_proj")
+CONTRACT = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "down_proj")
 """Attributes of an experts module that keeps the contract."""
 
 
@@ -73,7 +73,8 @@ class QuantExperts(nn.Module):
         for name, child in dense.named_children():
             self.add_module(name, child)
         self._gate: Callable[[Tensor], Tensor] | None = dense._apply_gate if dense.has_gate else None
-        self._normalizes = dense.has_post_expert_norm
+        # Older releases know no such norm, and their experts none that the flag could tell of.
+        self._normalizes = getattr(dense, "has_post_expert_norm", False)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         chosen, width = top_k_index.shape[-1], hidden_states.shape[-1]

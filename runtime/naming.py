@@ -45,9 +45,9 @@ class Naming:
 
     def before_prefix(self, stored: str) -> str:
         """The name as renamed, but for the base model's prefix that the tree may have in front and the file has not."""
-        from transformers.core_model_loading import apply_renamings
+        from transformers.core_model_loading import rename_source_key
 
-        return apply_renamings(stored, self._renamings)
+        return str(rename_source_key(stored, self._renamings, [])[0])
 
     def rename(self, stored: str) -> tuple[str, bool]:
         """The name in the tree, and whether a converter makes the tensor from this one, perhaps among others."""
