@@ -30,7 +30,8 @@ def require_known_states(cache: Any, recorded: Sequence[MixerSpec]) -> None:
     if states:
         raise UnsupportedAttention(
             f"{len(states)} of its {len(cache.layers)} layers keep a state other than keys and values "
-            f"({', '.join(sorted(set(states)))}), which is not kept per sequence by anything here"
+            f"({', '.join(sorted(set(states)))}), which is not kept per sequence by anything here. "
+            "If these are layers of an MLP or experts alone, a newer Transformers (5.23) knows that they keep none"
         )
 
 

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from attention.base import UnsupportedAttention
 from attention.states import MixerSpec, RecordedStates, Segment, SequenceStates, StateCache
 
-_METHODS = {"get_conv_state", "get_recurrent_state", "get_linear_cache"}
+_METHODS = {"get_conv_state", "get_recurrent_state", "get_linear_cache", "has_previous_state"}
 _CACHE_ARGUMENTS = ("cache_params", "past_key_values")
 
 Original = Callable[..., Any]

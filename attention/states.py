@@ -14,9 +14,11 @@ A state cannot be shared between sequences as blocks can, nor taken back to an e
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -152,6 +154,32 @@ class SequenceStates:
     def is_recording_past(self, layer_idx: int) -> bool:
         return False
 
+    # What mixers read where the cache has no methods to get a state (Transformers 5.17) --------------------------------
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        return not self._fresh
+
+    @property
+    def layers(self) -> _ByNumber:
+        return _ByNumber(self._layer)
+
+    def _layer(self, number: int) -> SimpleNamespace:
+        return SimpleNamespace(
+            conv_states=_ByNumber(partial(self.get_conv_state, number)),
+            recurrent_states=_ByNumber(partial(self.get_recurrent_state, number)),
+            record_past=self.is_recording_past(number),
+        )
+
+
+class _ByNumber:
+    """``read(number)`` written as ``self[number]``: only what a mixer reads is handed out."""
+
+    def __init__(self, read: Callable[[int], Any]) -> None:
+        self._read = read
+
+    def __getitem__(self, number: int) -> Any:
+        return self._read(number)
+
 
 class RecordedStates(SequenceStates):
     """Learns the states of a mixer that runs on the meta device, and which of them it uses in a continuation."""
@@ -161,6 +189,9 @@ class RecordedStates(SequenceStates):
         self.again = False  # the second call, which continues the first
         self.handed: dict[int, tuple[StateKey, Tensor]] = {}
         self.used: set[StateKey] = set()
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        return self.again
 
     def _get(self, key: StateKey) -> Tensor | None:
         if not self.again or key not in self.specs:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers.cache_utils import LinearAttentionLayer
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, LinearAttentionLayer
 
 from attention import AttentionBatch, AttentionError, KVCache, UnsupportedAttention, forward_batch, read_specs
 from attention.hf import NAME, read_layers, separate_states
@@ -92,7 +92,12 @@ def test_bytes_are_those_of_all_states() -> None:
         ("qwen3_next", 2, 2, True),
         ("minimax", 2, 2, True),
         ("falcon_h1", 4, 4, True),
-        ("nemotron_h", 1, 1, True),
+        pytest.param(
+            *("nemotron_h", 1, 1, True),
+            marks=pytest.mark.skipif(
+                "moe" in DYNAMIC_LAYER_TYPE_MAPPING, reason="this Transformers gives layers of experts alone a state"
+            ),
+        ),
         ("llama", 0, 4, True),
     ],
 )
