@@ -28,10 +28,12 @@ def require_known_states(cache: Any, recorded: Sequence[MixerSpec]) -> None:
         kind for number, kind in kinds if kind not in _KV_LAYERS and not (kind in _STATE_LAYERS and number in known)
     ]
     if states:
+        # Transformers 5.17, whose caches lack this method, gives layers of an MLP or experts alone a state never used.
+        old = not hasattr(cache, "get_conv_state")
+        remedy = ". If these are layers of an MLP or experts alone, Transformers 5.23 serves them" if old else ""
         raise UnsupportedAttention(
             f"{len(states)} of its {len(cache.layers)} layers keep a state other than keys and values "
-            f"({', '.join(sorted(set(states)))}), which is not kept per sequence by anything here. "
-            "If these are layers of an MLP or experts alone, a newer Transformers (5.23) knows that they keep none"
+            f"({', '.join(sorted(set(states)))}), which is not kept per sequence by anything here{remedy}"
         )
 
 
