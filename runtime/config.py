@@ -77,6 +77,19 @@ class EngineConfig:
         if self.max_total_tokens is not None and self.kv_cache_memory is not None:
             raise LoadError("max_total_tokens and kv_cache_memory both size the KV cache; give one of them.")
 
+    @property
+    def loading(self) -> dict[str, Any]:
+        """What of it decides how the model is loaded: the arguments of :func:`runtime.plan.make_plan`."""
+        return {
+            "dtype": self.dtype,
+            "device": self.device,
+            "quantization": self.quantization,
+            "quantization_config": self.quantization_config,
+            "kernel": self.kernel,
+            "weight_only": self.weight_only,
+            "trust_remote_code": self.trust_remote_code,
+        }
+
     @classmethod
     def from_options(cls, **options: Any) -> EngineConfig:
         """The configuration for keyword options; an unknown one is an error that suggests the nearest."""

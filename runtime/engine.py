@@ -71,16 +71,7 @@ class Engine:
     def __init__(self, config: EngineConfig):
         self.config = config
         checkpoint = Checkpoint.open(config.model, config.revision, code=config.trust_remote_code)
-        plan = make_plan(
-            checkpoint,
-            dtype=config.dtype,
-            device=config.device,
-            quantization=config.quantization,
-            quantization_config=config.quantization_config,
-            kernel=config.kernel,
-            weight_only=config.weight_only,
-            trust_remote_code=config.trust_remote_code,
-        )
+        plan = make_plan(checkpoint, **config.loading)
         plan.require_complete()
         try:
             self.layers = read_layers(plan.config, plan.trust_remote_code, plan.dtype)

@@ -16,20 +16,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from attention.base import AttentionBatch, AttentionError, UnsupportedAttention
+from attention.base import AttentionError, UnsupportedAttention
 from attention.hf import NAME as PAGED
-from attention.hf import forward_batch, read_layers, separate_states
-from attention.kv_cache import KVCache
+from attention.hf import read_layers, separate_states
 from attention.registry import select
-from attention.states import Segment, StateCache
 from quant.kernels.native import build
 from quant.linear import QuantLinear
 from quant.reference import linear
 from runtime.errors import LoadError
 from runtime.loader import load
+from runtime.one_sequence import OneSequence
 from runtime.weights import StoredWeights
 
-BLOCK = 16
 LARGEST_KL = 1e-6
 """Mean, in nats: what float32 leaves of it is a hundred times smaller."""
 LARGEST_DISTANCE = 1e-4
@@ -72,29 +70,24 @@ def compare(weights: StoredWeights, ids: list[int], attention_backend: str | Non
     plan = weights.plan
     assert plan.dtype == torch.float32, plan.dtype
     try:
-        specs, _, mixers = read_layers(plan.config, plan.trust_remote_code)
-        backend = select(specs, plan.device, attention_backend, build).backend
+        layers = read_layers(plan.config, plan.trust_remote_code)
+        backend = select(layers.attention, plan.device, attention_backend, build).backend
+        pages = OneSequence(layers, backend, plan.device, plan.dtype)
         found = Comparison(f"{backend.name}, paged")
     except UnsupportedAttention as error:
         if attention_backend is not None:
             raise LoadError(str(error)) from error
-        backend, found = None, Comparison(f"Transformers', the engine cannot serve this model: {error}")
+        pages, found = None, Comparison(f"Transformers', the engine cannot serve this model: {error}")
     except AttentionError as error:
         raise LoadError(str(error)) from error
-    model = load(plan, "eager" if backend is None else PAGED).model
+    model = load(plan, "eager" if pages is None else PAGED).model
     tokens = torch.tensor([ids], device=plan.device)
     with _hidden_states(model) as ours:
-        if backend is None:
+        if pages is None:
             served = model(tokens, use_cache=False).logits[0]
         else:
-            blocks = -(-len(ids) // BLOCK)
-            cache = KVCache(specs, blocks, BLOCK, plan.dtype, plan.device)
-            batch = AttentionBatch.pack([len(ids)], [len(ids)], [list(range(blocks))], BLOCK, plan.device)
             separate_states(model)
-            states = StateCache(mixers, 1, plan.device) if mixers else None
-            whole = [Segment(0, 0, len(ids), fresh=True)]
-            with forward_batch(batch, cache, backend, specs, states, whole):
-                served = model(input_ids=tokens, position_ids=batch.positions()[None], use_cache=False).logits[0]
+            served = pages.logits(model, tokens[0])
             cast(Any, model).set_attn_implementation("eager")
     with _hidden_states(model) as theirs, _dequantized(model, weights, found.linears):
         truth = model(tokens, use_cache=False).logits[0]

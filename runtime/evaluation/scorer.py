@@ -7,16 +7,14 @@ dtype (or the checkpoint does) or an attention backend: then keys and values go 
 from __future__ import annotations
 
 from dataclasses import fields
-from inspect import signature
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from attention.base import AttentionBatch, AttentionError
+from attention.base import AttentionError
 from attention.hf import NAME as ATTENTION
-from attention.hf import attention_only, forward_batch, read_layers
-from attention.kv_cache import KVCache
+from attention.hf import attention_only, read_layers
 from attention.registry import select
 from runtime.checkpoint import Checkpoint
 from runtime.config import EngineConfig
@@ -24,9 +22,8 @@ from runtime.defaults import context_length, load_tokenizer
 from runtime.errors import Error, InvalidRequest, LoadError
 from runtime.kv_storage import plan_storage, resolve_name
 from runtime.loader import load
+from runtime.one_sequence import OneSequence
 from runtime.plan import make_plan
-
-BLOCK = 16
 
 
 def as_config(model: str | EngineConfig) -> EngineConfig:
@@ -46,23 +43,26 @@ class Scorer:
     def __init__(self, config: EngineConfig):
         self.label = label(config)
         checkpoint = Checkpoint.open(config.model, config.revision, code=config.trust_remote_code)
-        loading = [
-            name for name in signature(make_plan).parameters if name != "checkpoint"
-        ]  # whatever options there are
-        self.plan = make_plan(checkpoint, **{name: getattr(config, name) for name in loading})
+        self.plan = make_plan(checkpoint, **config.loading)
         self.tokenizer = load_tokenizer(config, checkpoint)
-        self.paged = resolve_name(self.plan, config.kv_cache_dtype) != "auto" or config.attention_backend is not None
-        if self.paged:
+        self._pages: OneSequence | None = None
+        if resolve_name(self.plan, config.kv_cache_dtype) != "auto" or config.attention_backend is not None:
             try:
                 layers = read_layers(self.plan.config, self.plan.trust_remote_code)
-                self._specs = attention_only(self.plan.config.model_type, layers).attention
-                self._backend = select(self._specs, self.plan.device, config.attention_backend).backend
-                self._stored_as = plan_storage(self.plan, layers, config.kv_cache_dtype)
+                attention_only(self.plan.config.model_type, layers)
+                # On a CPU the reference: which codes a quantized cache gets depends on the last bit of what was attended.
+                backend = select(layers.attention, self.plan.device, config.attention_backend).backend
+                stored_as = plan_storage(self.plan, layers, config.kv_cache_dtype)
             except AttentionError as error:
                 raise LoadError(f"{checkpoint.folder}: {error}") from error
-        self.model: Any = load(self.plan, ATTENTION if self.paged else None).model
+            self._pages = OneSequence(layers, backend, self.plan.device, stored_as.dtype, stored_as.static)
+        self.model: Any = load(self.plan, ATTENTION if self._pages else None).model
         self.vocabulary = int(cast(Any, self.model).get_input_embeddings().num_embeddings)
-        self._cache: KVCache | None = None
+
+    @property
+    def paged(self) -> bool:
+        """Keys and values go through the engine's pages."""
+        return self._pages is not None
 
     @property
     def bits_per_weight(self) -> float:
@@ -85,9 +85,12 @@ class Scorer:
     @torch.inference_mode()
     def logits(self, ids: list[int]) -> Tensor:
         """``[tokens, vocabulary]``, in the model's dtype. Raises :class:`Error` if one is not finite."""
-        inputs = torch.tensor([ids], device=self.plan.device)
+        inputs = torch.tensor(ids, device=self.plan.device)
         logits: Tensor
-        logits = self._through_pages(inputs) if self.paged else self.model(input_ids=inputs, use_cache=False).logits[0]
+        if self._pages:
+            logits = self._pages.logits(self.model, inputs)
+        else:
+            logits = self.model(input_ids=inputs[None], use_cache=False).logits[0]
         finite = logits.amax(-1).isfinite() & logits.amin(-1).isfinite()
         if not finite.all():
             place = int(finite.logical_not().nonzero()[0])
@@ -95,17 +98,4 @@ class Scorer:
                 f"{self.label}: the logits at token {place} of {len(ids)} are NaN or infinite. Whatever is averaged over them "
                 "means nothing. In float16 that is often an overflow: try --dtype bfloat16; else look at the per-layer errors."
             )
-        return logits
-
-    def _through_pages(self, inputs: Tensor) -> Tensor:
-        length = inputs.shape[1]
-        blocks = -(-length // BLOCK)
-        if self._cache is None or self._cache.blocks < blocks:
-            stored_as = self._stored_as
-            self._cache = KVCache(self._specs, blocks, BLOCK, stored_as.dtype, self.plan.device, stored_as.static)
-        batch = AttentionBatch.pack([length], [length], [list(range(blocks))], BLOCK, self.plan.device)
-        with forward_batch(batch, self._cache, self._backend, self._specs):
-            logits: Tensor = self.model(input_ids=inputs, position_ids=batch.positions()[None], use_cache=False).logits[
-                0
-            ]
         return logits

@@ -197,13 +197,16 @@ def test_another_scheme_than_fp8_leaves_its_scales_out(tmp_path: Path) -> None:
 
 def test_evaluation_goes_through_the_cache_that_would_be_served() -> None:
     ids = load_file(LLMC / "reference.safetensors")["input_ids"][0].tolist()
-    options: dict[str, Any] = {"dtype": "float32", "weight_only": True, "tokenizer": "demo"}
+    options: dict[str, Any] = {"dtype": "float32", "weight_only": True}
     asked, fp8, plain = (
-        Scorer(EngineConfig(str(LLMC), kv_cache_dtype=name, **options)).logits(ids)
+        Scorer(EngineConfig(str(LLMC), kv_cache_dtype=name, tokenizer="demo", **options)).logits(ids)
         for name in ("auto", "fp8_e4m3", "fp32")
     )
     assert torch.equal(asked, fp8)
     assert (asked - plain).abs().max() > 0.01
+    served = torch.tensor(LLM(LLMC, **OPTIONS, **options).score(ids).logprobs[1:])
+    evaluated = asked.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    torch.testing.assert_close(evaluated, served, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,10 @@ def test_the_engine_and_its_quantized_caches_are_candidates(candidate: Scorer) -
     assert 1e-7 < kl["bf16"] < 1e-4 < kl["int8"] * 10
     assert kl["bf16"] < kl["int8"] < kl["fp8_e4m3"] < 0.01
     assert found["int8"].layers == ()
+    ids = list(range(100, 160))
     paged = Scorer(EngineConfig("demo", dtype="float32", attention_backend="reference"))
+    for length in (20, 60, 7):  # a window longer than the pages of the one before, and a shorter one
+        torch.testing.assert_close(paged.logits(ids[:length]), candidate.logits(ids[:length]), rtol=0, atol=1e-3)
     assert compare_scorers(candidate, paged, DOCUMENTS, **SIZES).mean_kl.value < 1e-9
 
 
