@@ -1,8 +1,8 @@
 # make demo: install and generate with the bundled AWQ model.   make test: everything.   make check: lint, format, types.
+# make accuracy: what every method loses.   make architectures: the sweep behind ARCHITECTURES.md.
 PYTHON ?= python3
 BIN := .venv/bin
 
-# make accuracy: what every method loses.   make architectures: the sweep behind ARCHITECTURES.md.
 .PHONY: demo test accuracy test-slow test-cuda architectures mutants check format bench clean
 
 .venv/installed: pyproject.toml constraints.txt

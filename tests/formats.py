@@ -159,8 +159,10 @@ def table() -> str:
     families = ", ".join(family.title for family in FAMILIES.values())
     models = ", ".join(MODELS)
     for name, variant in ((f"experts, each by itself ({models})", families), ("experts, stacked (gpt_oss)", "mxfp4")):
-        rows.append(f"| {name} | {variant} | Transformers, dequantized weights | C kernel, reference | {CUDA} |")
-    rows.append("| none | float32, bfloat16, float16 | Transformers | torch | torch, not tested |")
+        rows.append(
+            f"| {name} | {variant} | Transformers, dequantized weights | C kernel, reference | {CUDA}; not tested |"
+        )
+    rows.append("| none | float32, bfloat16, float16 | Transformers | torch | torch |")
     return "\n".join(rows)
 
 

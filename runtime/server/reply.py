@@ -176,13 +176,15 @@ class ReplyFormat:
     named: bool = False
 
     @classmethod
-    def find(
-        cls, tokenizer: Any, model_type: str, tool_parser: str | None = None, reasoning_parser: str | None = None
-    ) -> ReplyFormat:
-        """The format that the operator names, else the tokenizer's, else Transformers' for this type of model.
-        Raises :class:`LoadError` for a name that is not known."""
+    def of_model(cls, tokenizer: Any, model_type: str) -> ReplyFormat:
+        """The tokenizer's, else Transformers' for this type of model. Takes seconds the first time."""
+        return cls(_known_template(tokenizer, model_type))
+
+    @classmethod
+    def of_names(cls, tool_parser: str | None, reasoning_parser: str | None) -> ReplyFormat | None:
+        """The one that the operator names, if any. Raises :class:`LoadError` for a name that is not known."""
         if tool_parser is None and reasoning_parser is None:
-            return cls(_known_template(tokenizer, model_type))
+            return None
         fields: dict[str, Any] = {"content": {"content": "text"}}
         if reasoning_parser is not None:
             _require(reasoning_parser, REASONING_PARSERS, "--reasoning-parser")

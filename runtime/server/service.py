@@ -57,11 +57,10 @@ class Service:
         self.metrics = metrics
         self.name = options.served_model_name or worker.config.model
         self.template = load_template(options.chat_template)
-        ReplyFormat.find(None, "", options.tool_call_parser, options.reasoning_parser)  # unknown names end the start
         self.created = int(time.time())
         self._tokenizer: Any = None
         self._tokens: TokenTable | None = None
-        self._reply_format: ReplyFormat | None = None
+        self._reply_format = ReplyFormat.of_names(options.tool_call_parser, options.reasoning_parser)
         # One thread: a fast tokenizer is not to be used from two at once.
         self._texts = ThreadPoolExecutor(1, thread_name_prefix="text")
         self._slow = ThreadPoolExecutor(4, thread_name_prefix="compile")
@@ -142,14 +141,8 @@ class Service:
     async def reply_format(self) -> ReplyFormat:
         """How this model marks thoughts and calls."""
         if self._reply_format is None:
-            find = functools.partial(
-                ReplyFormat.find,
-                self.tokenizer,
-                self.engine.loaded.plan.config.model_type,
-                self.options.tool_call_parser,
-                self.options.reasoning_parser,
-            )
-            self._reply_format = await self._on(self._slow, find)
+            tokenizer, model_type = self.tokenizer, self.engine.loaded.plan.config.model_type
+            self._reply_format = await self._on(self._slow, lambda: ReplyFormat.of_model(tokenizer, model_type))
         return self._reply_format
 
     async def render(self, messages: Sequence[dict[str, Any]], **options: Any) -> str:

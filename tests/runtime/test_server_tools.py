@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from typing import Any
 import openai
 import pytest
 
+from runtime.checkpoint import locate
 from runtime.errors import InvalidRequest, LoadError
 from runtime.server.reply import Piece, ReplyFormat
 from runtime.server.tools import Tool, ToolUse, with_parsed_arguments
@@ -31,12 +33,20 @@ WEATHER = {
 }
 CLOCK = {"type": "function", "function": {"name": "clock"}}
 TOOLS = [WEATHER, CLOCK]
-TEMPLATE = """{% for tool in tools or [] %}tool {{ tool.function.name }}
+TEMPLATE = """{% macro city(arguments) %}
+{% if arguments is string %}{{ raise_exception("text") }}{% endif %}{{ arguments.city }}
+{% endmacro %}{% for tool in tools or [] %}tool {{ tool.function.name }}
 {% endfor %}{% for message in messages %}{{ message.role }}: {{ message.content }}
-{% for call in message.tool_calls or [] %}{{ call.function.name }} {{ call.function.arguments.city }}
+{% for call in message.tool_calls or [] %}{{ call.function.name }} {{ city(call.function.arguments) }}
 {% endfor %}{% endfor %}"""
 
 USE = ToolUse(tuple(TOOLS))
+
+
+def named(tools: str | None, reasoning: str | None = None) -> ReplyFormat:
+    form = ReplyFormat.of_names(tools, reasoning)
+    assert form
+    return form
 
 
 def read(
@@ -73,9 +83,9 @@ QWEN_PROMPT = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 @pytest.mark.parametrize(
     ("form", "prompt", "text"),
     [
-        (ReplyFormat.find(None, "", "hermes", "qwen3"), "", f"<think>\nI must ask.\n</think>\n\nLook:\n{CALL}"),
-        (ReplyFormat.find(None, "", "qwen25", "deepseek-r1"), "", f"I must ask.\n</think>\n\nLook:\n{CALL}"),
-        (ReplyFormat.find(None, "", "qwen3_coder", "qwen3"), "x<think>\n", f"I must ask.\n</think>\n\nLook:\n{CODER}"),
+        (named("hermes", "qwen3"), "", f"<think>\nI must ask.\n</think>\n\nLook:\n{CALL}"),
+        (named("qwen25", "deepseek-r1"), "", f"I must ask.\n</think>\n\nLook:\n{CALL}"),
+        (named("qwen3_coder", "qwen3"), "x<think>\n", f"I must ask.\n</think>\n\nLook:\n{CODER}"),
     ],
 )
 def test_thoughts_answers_and_calls_are_told_apart(form: ReplyFormat, prompt: str, text: str, step: int) -> None:
@@ -86,7 +96,7 @@ def test_thoughts_answers_and_calls_are_told_apart(form: ReplyFormat, prompt: st
 @pytest.mark.parametrize("step", [1, 5, 1000])
 def test_a_familys_own_template_is_found(step: int) -> None:
     pytest.importorskip("transformers.cli.serving.utils")
-    form = ReplyFormat.find(SimpleNamespace(), "qwen3")
+    form = ReplyFormat.of_model(SimpleNamespace(), "qwen3")
     text = f"<think>I must ask.</think>Look:\n{CALL}\n{CALL}<|im_end|>"
     reply = read(form, text, step=step, prompt=QWEN_PROMPT)
     assert (reply.reasoning, reply.content, calls(reply)) == ("I must ask.", "Look:", [MEANT, MEANT])
@@ -97,7 +107,7 @@ def test_a_familys_own_template_is_found(step: int) -> None:
 def test_a_tokenizers_template_comes_first() -> None:
     fields = {"content": {"content": "text"}, "thinking": {"open": "[[", "close": "]]", "content": "text"}}
     template = {"defaults": {"role": "assistant"}, "start_anchor": "A:", "fields": fields}
-    form = ReplyFormat.find(SimpleNamespace(response_template=template), "qwen3")
+    form = ReplyFormat.of_model(SimpleNamespace(response_template=template), "qwen3")
     reply = read(form, "[[hm]]yes", step=1, prompt="U: x A:")
     assert (reply.reasoning, reply.content) == ("hm", "yes")
     assert not form.reads_calls
@@ -108,18 +118,18 @@ def test_a_tokenizers_template_comes_first() -> None:
     "broken", ["<tool_call>{not json}</tool_call> and on", '<tool_call>{"name": "weather"}</tool_call>']
 )
 def test_a_call_that_cannot_be_read_is_text(broken: str, step: int) -> None:
-    reply = read(ReplyFormat.find(None, "", "hermes"), f"Look: {broken}", step=step)
+    reply = read(named("hermes"), f"Look: {broken}", step=step)
     assert reply.content == f"Look: {broken}"
     assert not reply.calls
 
 
 def test_one_call_where_only_one_is_wanted() -> None:
-    form = ReplyFormat.find(None, "", "hermes")
+    form = named("hermes")
     assert calls(read(form, CALL + CALL, step=3, use=ToolUse(tuple(TOOLS), None, False))) == [MEANT]
 
 
 def test_without_tools_marks_are_text() -> None:
-    assert read(ReplyFormat.find(None, "", "hermes"), CALL, step=3, use=ToolUse()).content == CALL
+    assert read(named("hermes"), CALL, step=3, use=ToolUse()).content == CALL
 
 
 def test_a_cut_off_list_of_calls_is_text() -> None:
@@ -129,9 +139,9 @@ def test_a_cut_off_list_of_calls_is_text() -> None:
 
 def test_parsers_that_are_not_known_end_the_start() -> None:
     with pytest.raises(LoadError, match="--tool-call-parser hermez: no such parser; known: hermes"):
-        ReplyFormat.find(None, "", "hermez")
+        named("hermez")
     with pytest.raises(LoadError, match="--reasoning-parser o1"):
-        ReplyFormat.find(None, "", None, "o1")
+        named(None, "o1")
 
 
 @pytest.mark.parametrize(
@@ -146,6 +156,14 @@ def test_parsers_that_are_not_known_end_the_start() -> None:
 def test_choices_that_cannot_be(tools: list[Any] | None, choice: Any, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
         ToolUse.of(tools and [Tool.model_validate(tool) for tool in tools], choice, True)
+
+
+def test_one_call_is_demanded_where_only_one_is_wanted() -> None:
+    one, many = (ToolUse(tuple(TOOLS), "", parallel).form() for parallel in (False, True))
+    assert one
+    assert many
+    assert one["json"]["maxItems"] == 1
+    assert "maxItems" not in many["json"]
 
 
 def test_arguments_go_back_to_the_template_as_objects() -> None:
@@ -229,6 +247,14 @@ def test_no_call_where_none_may_be(client: openai.OpenAI) -> None:
     assert (content, made, reason) == ("<tool_call>", [], "stop")
 
 
+def test_the_template_gets_the_tools_that_may_be_called(client: openai.OpenAI) -> None:
+    auto, none, without = (
+        ask(client, max_tokens=1, **options).usage.prompt_tokens
+        for options in ({}, {"tool_choice": "none"}, {"tools": openai.NOT_GIVEN})
+    )
+    assert auto > none == without
+
+
 def test_results_go_back_to_the_model(client: openai.OpenAI) -> None:
     asked = ask(client, tool_choice={"type": "function", "function": {"name": "weather"}}).choices[0].message
     messages = [
@@ -246,3 +272,23 @@ def test_what_cannot_be_is_refused_by_name(client: openai.OpenAI) -> None:
         ask(client, tools=openai.NOT_GIVEN, extra_body={"functions": [{"name": "f"}]})
     with pytest.raises(openai.BadRequestError, match=r"tools\.0\.function\.name"):
         ask(client, tools=[{"type": "function", "function": {"name": "a b"}}])
+
+
+def test_marks_that_are_special_tokens_are_seen(tmp_path: Path) -> None:
+    """The tokenizer's own template, whose mark is a token that answers are written without."""
+    folder = Path(shutil.copytree(locate("demo"), tmp_path / "model"))
+    tokens = json.loads((folder / "tokenizer.json").read_text())
+    number = tokens["model"]["vocab"]["class"]
+    tokens["added_tokens"].append(tokens["added_tokens"][0] | {"id": number, "content": "class"})
+    (folder / "tokenizer.json").write_text(json.dumps(tokens))
+    fields = {"content": {"content": "text"}, "thinking": {"open": "class", "content": "text"}}
+    template = {"defaults": {"role": "assistant"}, "start_anchor_pattern": r"\z", "fields": fields}
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"response_template": template}))
+    body = {"messages": [{"role": "user", "content": "x"}], "logit_bias": {str(number): 100}, "max_tokens": 3}
+    with Served(model=str(folder)) as served:
+        answers = [
+            served.post("/v1/chat/completions", body | extra).json()["choices"][0]["message"]
+            for extra in ({}, {"separate_reasoning": False})
+        ]
+    assert [(a["content"], a.get("reasoning_content")) for a in answers] == [("", "classclass"), ("", None)]
