@@ -24,6 +24,9 @@ PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
 Source: GPTQModel 7.7.0, ``utils/planar_packing.py``.
 """
 
+CACHED_WORDS = 1 << 18
+"""How many words of 32 bits are permuted at once, so that they stay in a core's cache."""
+
 MARLIN_TILE = (16, 64)
 """Inputs x outputs that are permuted as one."""
 
@@ -79,12 +82,26 @@ def unpack_planar(packed: Tensor, bits: int, count: int) -> Tensor:
     return codes.reshape(rows, -1)[:, :count].contiguous()
 
 
-def unpack_awq(words: Tensor) -> Tensor:
-    """AWQ ``gemm``: ``int32 [rows, columns / 8]`` to ``uint8 [rows, columns]`` 4-bit codes in column order."""
+def transpose_awq(words: Tensor) -> Tensor:
+    """AWQ ``gemm``: ``int32 [rows, columns / 8]`` to 4-bit codes, a stream a column, ``uint8 [columns, ceil(rows / 2)]``.
+
+    Eight words are a matrix of 8 x 8 codes. Its halves, quarters and eighths are swapped across the diagonal (Hacker's
+    Delight 7-3), so that no code ever takes more than its 4 bits.
+    """
     rows, count = words.shape
-    octets = words.contiguous().view(torch.uint8).reshape(rows, count, 4)
-    nibbles = torch.stack([octets & 15, octets >> 4], dim=-1).reshape(rows, count, 8)
-    return nibbles[:, :, AWQ_NIBBLE_OF_COLUMN].flatten(1)
+    words = torch.nn.functional.pad(words, (0, 0, 0, -rows % 8))
+    blocks = len(words) // 8
+    result = words.new_empty(count, 8, blocks)
+    for first in range(0, count, step := max(1, CACHED_WORDS // len(words))):
+        part = words[:, first : first + step].clone(memory_format=torch.contiguous_format).view(blocks, 8, -1)
+        for distance, low_bits in ((4, 0x0000FFFF), (2, 0x00FF00FF), (1, 0x0F0F0F0F)):
+            upper, lower = part.view(blocks, 4 // distance, 2, distance, -1).unbind(2)
+            moved = (upper >> 4 * distance ^ lower) & low_bits
+            lower ^= moved
+            upper ^= moved << 4 * distance
+        for column, nibble in enumerate(AWQ_NIBBLE_OF_COLUMN):
+            result[first : first + step, column] = part[:, nibble].t()
+    return as_bytes(result.view(8 * count, blocks))[:, : -(-rows // 2)].contiguous()
 
 
 def unpack_awq_fast(words: Tensor) -> Tensor:

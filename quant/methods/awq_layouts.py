@@ -29,7 +29,7 @@ from quant.packing import (
     MARLIN_TILE,
     as_bytes,
     pack_stream,
-    unpack_awq,
+    transpose_awq,
     unpack_awq_fast,
     unpack_marlin,
     unpack_stream,
@@ -83,12 +83,17 @@ class Gemm(Layout):
     def read(self, tensors: Mapping[str, Tensor], scheme: Scheme, shape: LinearShape) -> Parts:
         bits = scheme.kind.bits
 
-        def transposed_codes(words: Tensor) -> Tensor:
-            codes = unpack_awq(words) if bits == 4 else unpack_stream(as_bytes(words), bits, shape.out_features)
-            return codes.t().contiguous()
+        def transposed(words: Tensor) -> Tensor:
+            if bits == 4:
+                return transpose_awq(words)
+            return pack_stream(unpack_stream(as_bytes(words), bits, shape.out_features).t().contiguous(), bits)
 
-        zero = transposed_codes(tensors["qzeros"]) if "qzeros" in tensors else None
-        return Parts(pack_stream(transposed_codes(tensors["qweight"]), bits), tensors["scales"].t().contiguous(), zero)
+        zero = (
+            unpack_stream(transposed(tensors["qzeros"]), bits, shape.in_features // scheme.group)
+            if "qzeros" in tensors
+            else None
+        )
+        return Parts(transposed(tensors["qweight"]), tensors["scales"].t().contiguous(), zero)
 
 
 def padded_groups(scheme: Scheme, shape: LinearShape) -> int:

@@ -13,7 +13,7 @@ from quant.packing import (
     PLANES,
     as_bytes,
     pack_stream,
-    unpack_awq,
+    transpose_awq,
     unpack_awq_fast,
     unpack_marlin,
     unpack_planar,
@@ -51,19 +51,24 @@ def test_bits_after_the_last_code_are_ignored(bits: int) -> None:
         assert unpack_stream(packed, bits, count).tolist() == [[2**bits - 1] * count] * 2
 
 
-def test_awq_words_are_interleaved() -> None:
+@pytest.mark.parametrize("rows", [1, 5, 8, 24])
+@pytest.mark.parametrize("cached", [1, 40, 1 << 18])
+def test_awq_words_are_interleaved(rows: int, cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quant.packing.CACHED_WORDS", cached)
     draw = random.Random(0)
-    words = [[draw.randrange(-(2**31), 2**31) for _ in range(3)] for _ in range(5)]
+    words = [[draw.randrange(-(2**31), 2**31) for _ in range(3)] for _ in range(rows)]
 
     columns = [[word >> 4 * nibble & 15 for word in row for nibble in AWQ_NIBBLE_OF_COLUMN] for row in words]
 
-    assert unpack_awq(torch.tensor(words, dtype=torch.int32)).tolist() == columns
+    streams = transpose_awq(torch.tensor(words, dtype=torch.int32))
+    assert unpack_stream(streams, 4, rows).t().tolist() == columns
+    assert streams.shape == (24, -(-rows // 2))
 
 
 def test_awq_columns_are_where_autoawq_puts_them() -> None:
     """AutoAWQ packs column ``order[i]`` into bits ``4 i`` with this order."""
     word = sum(column << 4 * place for place, column in enumerate((0, 2, 4, 6, 1, 3, 5, 7)))
-    assert unpack_awq(torch.tensor([[word]], dtype=torch.int32)).tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]]
+    assert transpose_awq(torch.tensor([[word]], dtype=torch.int32)).flatten().tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
 
 
 @pytest.mark.parametrize("bits", PLANES)
