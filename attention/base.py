@@ -43,6 +43,10 @@ class AttentionSpec:
     Every mask is causal. ``window`` W: a query at position q sees keys ``q - W < kv <= q``. ``chunk`` C: only keys with
     ``kv // C == q // C``. ``softcap`` c: scores become ``c * tanh(score / c)`` before masking. ``sinks``: each head has
     one more logit, which takes part in the softmax and has no value.
+
+    Two kinds of calls keep less than keys and values. ``latent``: the values are the first ``value_dim`` numbers of the keys
+    (:mod:`attention.latent`), and only the keys are kept. ``shares``: the keys and values are those of an earlier call, this
+    number, which keeps them for both.
     """
 
     heads: int
@@ -54,16 +58,27 @@ class AttentionSpec:
     chunk: int | None = None
     softcap: float | None = None
     sinks: bool = False
+    latent: bool = False
+    shares: int | None = None
 
     def __post_init__(self) -> None:
+        assert not self.latent or self.value_dim <= self.key_dim
         if self.heads % self.kv_heads:
             raise UnsupportedAttention(f"{self.heads} query heads cannot share {self.kv_heads} key heads evenly")
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The dimensions of the vectors that are kept of every token and key head: a key and a value, a key, or nothing."""
+        if self.shares is not None:
+            return ()
+        return (self.key_dim,) if self.latent else (self.key_dim, self.value_dim)
 
     def __str__(self) -> str:
         dims = f"dim {self.key_dim}" + (f"/{self.value_dim}" if self.value_dim != self.key_dim else "")
         parts = [f"{self.heads} heads", f"{self.kv_heads} kv heads", dims, f"scale {self.scale:.6g}"]
         parts += [f"{name} {value:g}" for name in ("window", "chunk", "softcap") if (value := getattr(self, name))]
-        return ", ".join(parts + ["sinks"] * self.sinks)
+        parts += ["sinks"] * self.sinks + ["latent"] * self.latent
+        return ", ".join(parts + ["keys and values of another layer"] * (self.shares is not None))
 
 
 @dataclass(frozen=True)
@@ -139,7 +154,8 @@ class AttentionBackend(ABC):
         cache: KVCache,
         sinks: Tensor | None,  # [H]
     ) -> Tensor:
-        """Write ``k`` and ``v`` to ``batch.slots`` of pair ``call`` of the cache, then attend: [T, H, Dv], contiguous.
+        """Write what ``spec`` keeps of ``k`` and ``v`` to ``batch.slots`` of pair ``call`` of the cache, then attend:
+        [T, H, Dv], contiguous.
 
         ``q``, ``k`` and ``v`` are whatever views the model made; a backend that needs strides makes them itself.
         """

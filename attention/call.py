@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from attention.base import AttentionSpec
 
+Original = Callable[..., Any]
+"""A method of a module, as its own code has it."""
+
 USED = {"sliding_window", "softcap", "s_aux"}
 HARMLESS = {
     "position_ids": "rotary embeddings are applied already, and the batch implies the positions",
@@ -96,5 +99,9 @@ class Forward(ABC):
         """The answer to a call that has nothing to refuse, [1, T, H, Dv]."""
 
     @abstractmethod
-    def mix(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def mix(self, module: nn.Module, forward: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The answer of a recurrent layer, whose own ``forward`` knows nothing of packed sequences."""
+
+    @abstractmethod
+    def expand(self, module: nn.Module, original: Original, latent: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values that a layer will hand over, of latents and of the rotated part of the keys."""

@@ -41,7 +41,7 @@ class _Rows(ctypes.Structure):
 class _Pages(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("data", "scale", "fixed")),
-        *((name, ctypes.c_int64) for name in ("type", "bytes")),
+        *((name, ctypes.c_int64) for name in ("type", "bytes", "row")),
     ]
 
 
@@ -109,7 +109,8 @@ class CpuBackend(AttentionBackend):
         if q.dtype not in TYPES or cache.dtype not in TYPES:
             raise AttentionError(f"cpu attention computes no {q.dtype} over a cache of {cache.dtype}")
         out_dtype = q.dtype
-        q, k, v = _computed_in(q), _stored_in(cache, k), _stored_in(cache, v)
+        q, k = _computed_in(q), _stored_in(cache, k)
+        v = k[..., : spec.value_dim] if spec.latent else _stored_in(cache, v)
         out = torch.empty(q.shape[0], spec.heads, spec.value_dim, dtype=q.dtype)
         sinks = None if sinks is None else sinks.detach().float().contiguous()
         k_scale, v_scale = (cache.k_scale[call], cache.v_scale[call]) if cache.quantized else (None, None)
@@ -138,7 +139,7 @@ class CpuBackend(AttentionBackend):
         )
         in_bf16 = q.dtype == torch.bfloat16 and cache.dtype in EXACT_IN_BF16
         path = self.path if in_bf16 else min(self.path, AVX512)
-        if self._native.attend(path, torch.get_num_threads(), True, ctypes.byref(job)):
+        if self._native.attend(path, torch.get_num_threads(), len(spec.kept), ctypes.byref(job)):
             raise MemoryError(f"no memory to attend to {batch.max_kv} keys")
         return out if out.dtype == out_dtype else out.to(out_dtype)
 
@@ -173,4 +174,4 @@ def _rows(tensor: Tensor) -> _Rows:
 
 def _pages(stored: Tensor, scale: Tensor | None, static: Tensor | None) -> _Pages:
     pointers = (None if tensor is None else tensor.data_ptr() for tensor in (stored, scale, static))
-    return _Pages(*pointers, TYPES[stored.dtype], stored.itemsize)
+    return _Pages(*pointers, TYPES[stored.dtype], stored.itemsize, stored.stride(2) * stored.itemsize)

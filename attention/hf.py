@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
@@ -33,10 +33,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from attention import mixers
+from attention import latent, mixers
 from attention.base import AttentionBackend, AttentionBatch, AttentionError, AttentionSpec, UnsupportedAttention
-from attention.call import Call, Forward
+from attention.call import Call, Forward, Original
 from attention.checks import advice, layers_left_out, require_calls, require_known_states, require_positions
+from attention.intercept import intercept, intercepted
 from attention.kv_cache import KVCache
 from attention.positions import retemper, tempers_rows
 from attention.recording import MaskedRecording, Recording, without_data
@@ -84,7 +85,7 @@ def forward_batch(
 ) -> Iterator[None]:
     """Let ``backend`` answer the attention calls of one packed forward of the model whose ``specs`` were recorded.
 
-    A model with recurrent layers, prepared by :func:`separate_states`, keeps their ``states`` of the sequences in the
+    A model with recurrent layers, prepared by :func:`prepare`, keeps their ``states`` of the sequences in the
     slots that ``segments`` name, in the order of the batch.
     """
     forward = _Serving(batch, cache, backend, specs, states, segments)
@@ -107,6 +108,9 @@ class _Serving(Forward):
         self.batch, self.cache, self.backend, self.specs = batch, cache, backend, specs
         self.states, self.segments = states, segments
         self.calls = 0
+        self.kept: tuple[Tensor, Tensor] | None = None  # latents that the next call must bring
+        self.shared = {spec.shares for spec in specs if spec.shares is not None}
+        self.handed: dict[int, tuple[Tensor, Tensor]] = {}  # what calls brought that others share
 
     def describe(self, module: nn.Module) -> str:
         return f"attention call {self.calls} ({type(module).__name__}, layer {getattr(module, 'layer_idx', '?')})"
@@ -117,8 +121,12 @@ class _Serving(Forward):
         if self.calls == len(self.specs):
             raise AttentionError(f"{self.describe(call.module)}: the recorded forward made only {self.calls} calls")
         spec = self.specs[self.calls]
+        self._require_kept(spec, call)
+        projection = latent.Projection.of(call, spec) if spec.latent else None
+        if projection is not None:
+            call = projection.absorb(call)
         seen = call.spec(call.options.get("sliding_window", spec.window), spec.chunk)
-        if seen != spec:
+        if replace(seen, latent=spec.latent, shares=spec.shares) != spec:
             raise AttentionError(f"{self.describe(call.module)}: it is {seen}, but {spec} was recorded")
         if call.q.shape[2] != self.batch.slots.shape[0]:
             raise AttentionError(f"{call.q.shape[2]} tokens came, the batch describes {self.batch.slots.shape[0]}")
@@ -128,22 +136,55 @@ class _Serving(Forward):
             q = retemper(call.module, q, self.batch.positions())
         out = self.backend.forward(self.calls, spec, q, k, v, self.batch, self.cache, call.sinks)
         self.calls += 1
-        return out[None]
+        return (out if projection is None else projection.expand(out))[None]
 
-    def mix(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _require_kept(self, spec: AttentionSpec, call: Call) -> None:
+        """Keys and values that are not kept as they come must be what was recorded: latents, or those of another call."""
+        if self.calls in self.shared:
+            self.handed[self.calls] = call.k, call.v
+        known = self.kept if spec.latent else (call.k, call.v)
+        if spec.shares is not None:
+            known = self.handed[spec.shares]
+        if known is None or known[0] is not call.k or known[1] is not call.v:
+            raise AttentionError(f"{self.describe(call.module)}: it brings keys of its own, but {spec} was recorded")
+        self.kept = None
+
+    def expand(self, module: nn.Module, original: Original, latents: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
+        if self.calls == len(self.specs) or not self.specs[self.calls].latent:
+            keys, values = original(latents, rotated)
+            return keys, values
+        self.kept = latent.joined(latents, rotated)
+        return self.kept
+
+    def mix(self, module: nn.Module, forward: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.states is None:
             raise AttentionError(f"{type(module).__name__} keeps a recurrent state, but this forward brings no states")
         return mixers.serve(forward, args, kwargs, self.states, self.segments)
 
 
-def _mix(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _mix(module: nn.Module, forward: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     under_way = _current.get()
     return forward(*args, **kwargs) if under_way is None else under_way.mix(module, forward, args, kwargs)
 
 
-def separate_states(model: nn.Module) -> None:
-    """Let the recurrent layers of a loaded model, if there are any, keep each sequence's states apart."""
-    mixers.intercept(model, _mix)
+def _expand(module: nn.Module, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    under_way = _current.get()
+    return original(*args, **kwargs) if under_way is None else under_way.expand(module, original, *args, **kwargs)
+
+
+def prepare(model: nn.Module) -> None:
+    """Let the recurrent layers of a loaded model, if there are any, keep each sequence's states apart, and those with latent
+    attention hand over their latents."""
+    intercept(filter(mixers.keeps_state, model.modules()), "forward", _mix)
+    intercept(filter(latent.may_expand, model.modules()), latent.METHOD, _expand)
+
+
+@contextmanager
+def _prepared(model: nn.Module) -> Iterator[None]:
+    """:func:`prepare` for a while."""
+    mixing, expanding = (filter(kind, model.modules()) for kind in (mixers.keeps_state, latent.may_expand))
+    with intercepted(mixing, "forward", _mix), intercepted(expanding, latent.METHOD, _expand):
+        yield
 
 
 class Layers(NamedTuple):
@@ -153,6 +194,12 @@ class Layers(NamedTuple):
     attention: list[AttentionSpec]
     callers: list[str]
     mixers: list[MixerSpec]
+
+    @property
+    def absorbed(self) -> list[str]:
+        """Names of the linear layers that latent attention multiplies by itself, so that their weights must be dense."""
+        latents = [name for name, spec in zip(self.callers, self.attention, strict=True) if spec.latent]
+        return [f"{name}.{latent.PROJECTION}" for name in latents]
 
 
 def read_specs(config: PreTrainedConfig, trust_remote_code: bool = False) -> list[AttentionSpec]:
@@ -195,7 +242,7 @@ def read_layers(
 def record_layers(model: PreTrainedModel) -> Layers:
     """The same for a model that was built with ``attn_implementation=NAME``, which is left as it was."""
     plain, masked = Recording(model), MaskedRecording(model)
-    with _recording_lock, _explained(model), without_data(model), mixers.intercepted(model, _mix):
+    with _recording_lock, _explained(model), without_data(model), _prepared(model):
         text = model.config.get_text_config(decoder=True)
         cache = DynamicCache(config=text)
         if not any(map(mixers.keeps_state, model.modules())):

@@ -4,7 +4,8 @@
     v[call]  [blocks, block_size, kv_heads, value_dim]
     k_scale[call], v_scale[call]  [blocks, block_size, kv_heads]    float32, if the dtype is a quantized one
 
-A pair belongs to a *call*, not to a layer: some models attend twice in one layer or run a layer several times. All
+A pair belongs to a *call*, not to a layer: some models attend twice in one layer or run a layer several times. The values
+of a latent call are a view of its keys, and a call that shares has the pair of another. All
 pairs share one numbering of blocks. Who owns which block is the runtime's business: nothing is initialised, counted or
 freed here.
 
@@ -45,21 +46,29 @@ class KVCache:
     ) -> None:
         self.blocks = blocks
         self.block_size = block_size
-
-        def allocate(kv_heads: int, dim: int) -> Tensor:
-            return torch.empty(blocks, block_size, kv_heads, dim, dtype=dtype, device=device)
-
-        def scales() -> list[Tensor]:
-            if dtype not in LARGEST_CODE:
-                return []
-            shapes = [(blocks, block_size, spec.kv_heads) for spec in specs]
-            return [torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes]
-
         self.dtype = dtype
-        self.k = [allocate(spec.kv_heads, spec.key_dim) for spec in specs]
-        self.v = [allocate(spec.kv_heads, spec.value_dim) for spec in specs]
-        self.k_scale, self.v_scale = scales(), scales()
+        self.specs = list(specs)
+        self.k: list[Tensor] = []
+        self.v: list[Tensor] = []
+        self.k_scale: list[Tensor] = []
+        self.v_scale: list[Tensor] = []
         self.static = [StaticScales()] * len(specs) if static is None else list(static)
+
+        def allocate(kv_heads: int, *dim: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.empty(blocks, block_size, kv_heads, *dim, dtype=dtype, device=device)
+
+        for spec in specs:
+            if spec.shares is not None:
+                for tensors in (self.k, self.v, *([self.k_scale, self.v_scale] if self.quantized else [])):
+                    tensors.append(tensors[spec.shares])
+                continue
+            keys = allocate(spec.kv_heads, spec.key_dim)
+            self.k.append(keys)
+            self.v.append(keys[..., : spec.value_dim] if spec.latent else allocate(spec.kv_heads, spec.value_dim))
+            if self.quantized:
+                scale = allocate(spec.kv_heads, dtype=torch.float32)
+                self.k_scale.append(scale)
+                self.v_scale.append(scale if spec.latent else torch.empty_like(scale))
 
     @property
     def quantized(self) -> bool:
@@ -68,17 +77,14 @@ class KVCache:
     @staticmethod
     def bytes_per_token(specs: Sequence[AttentionSpec], dtype: torch.dtype) -> int:
         """Bytes that one token takes in all pairs together; times ``block_size`` it is the price of a block."""
-        values = sum(spec.kv_heads * (spec.key_dim + spec.value_dim) for spec in specs) * dtype.itemsize
-        scales = sum(2 * spec.kv_heads for spec in specs) * SCALE_BYTES
-        return values + (scales if dtype in LARGEST_CODE else 0)
+        scale = SCALE_BYTES if dtype in LARGEST_CODE else 0
+        return sum(spec.kv_heads * (dim * dtype.itemsize + scale) for spec in specs for dim in spec.kept)
 
     def write(self, call: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store the keys [T, Hkv, Dk] and values [T, Hkv, Dv] of tokens at ``slots`` [T]."""
+        """Store what the call keeps of the keys [T, Hkv, Dk] and values [T, Hkv, Dv] of tokens at ``slots`` [T]."""
         static = self.static[call] if self.quantized else StaticScales()
-        for new, stored, scales, given in (
-            (k, self.k, self.k_scale, static.k),
-            (v, self.v, self.v_scale, static.v),
-        ):
+        pair = ((k, self.k, self.k_scale, static.k), (v, self.v, self.v_scale, static.v))
+        for new, stored, scales, given in pair[: len(self.specs[call].kept)]:
             if self.quantized:
                 new, scale = quantize(new, self.dtype, given)
                 scales[call].flatten(0, 1)[slots] = scale
@@ -91,7 +97,9 @@ class KVCache:
             values = _gather(_bytes_if_fp8(stored[call]), slots).view(self.dtype)
             return dequantize(values, _gather(scales[call], slots)) if self.quantized else values
 
-        return gather(self.k, self.k_scale), gather(self.v, self.v_scale)
+        keys = gather(self.k, self.k_scale)
+        spec = self.specs[call]
+        return keys, keys[..., : spec.value_dim] if spec.latent else gather(self.v, self.v_scale)
 
 
 def _bytes_if_fp8(tensor: Tensor) -> Tensor:

@@ -8,9 +8,7 @@ each time with a cache object that holds the states of just these (:mod:`attenti
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,45 +16,17 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from attention.base import UnsupportedAttention
+from attention.call import Original
 from attention.states import MixerSpec, RecordedStates, Segment, SequenceStates, StateCache
 
 _METHODS = {"get_conv_state", "get_recurrent_state", "get_linear_cache", "has_previous_state"}
 _CACHE_ARGUMENTS = ("cache_params", "past_key_values")
-
-Original = Callable[..., Any]
-Answer = Callable[[nn.Module, Original, tuple[Any, ...], dict[str, Any]], Any]
 
 
 def keeps_state(module: nn.Module) -> bool:
     """Whether this is a mixer: one that asks its cache for a state."""
     methods = (inspect.unwrap(method) for method in vars(type(module)).values() if inspect.isfunction(method))
     return any(_METHODS & set(method.__code__.co_names) for method in methods)
-
-
-def intercept(model: nn.Module, answer: Answer) -> list[nn.Module]:
-    """Let ``answer(module, forward, args, kwargs)`` answer every call of a mixer of ``model``; the mixers."""
-    mixers = [module for module in model.modules() if keeps_state(module)]
-    for module in mixers:
-        module.__dict__["forward"] = partial(_answered, answer, module, module.forward)
-    return mixers
-
-
-def _answered(answer: Answer, module: nn.Module, forward: Original, *args: Any, **kwargs: Any) -> Any:
-    return answer(module, forward, args, kwargs)
-
-
-@contextmanager
-def intercepted(model: nn.Module, answer: Answer) -> Iterator[None]:
-    """:func:`intercept` for a while; mixers that are intercepted already stay so afterwards."""
-    before = {module: module.__dict__.get("forward") for module in model.modules()}
-    try:
-        intercept(model, answer)
-        yield
-    finally:
-        for module, forward in before.items():
-            module.__dict__.pop("forward", None)
-            if forward is not None:
-                module.__dict__["forward"] = forward
 
 
 def record(name: str, forward: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[MixerSpec, Any]:

@@ -52,9 +52,9 @@ class PagedBackend(AttentionBackend):
     ) -> Tensor:
         from attention.kernels.store_kv import store_kv
 
-        k, v = _rows_contiguous(k), _rows_contiguous(v)
-        with _on(q.device):
-            store_kv(call, k, v, batch.slots, cache)
+        if spec.shares is None:
+            with _on(q.device):
+                store_kv(call, _rows_contiguous(k), _rows_contiguous(v), batch.slots, cache, spec.latent)
         return self.attend(call, spec, q, batch, cache, sinks)
 
     def attend(

@@ -11,6 +11,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from types import CodeType
 from typing import Any, NamedTuple, NoReturn
@@ -19,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from attention import mixers
+from attention import latent, mixers
 from attention.base import AttentionSpec, UnsupportedAttention
-from attention.call import Call, Forward
+from attention.call import Call, Forward, Original
 from attention.positions import BATCH_DEPENDENT_ROPE, tempers_rows
 from attention.states import MixerSpec
 
@@ -42,6 +43,9 @@ class Recording(Forward):
         self.callers: list[str] = []
         self.mixers: list[MixerSpec] = []
         self.mixing: nn.Module | None = None
+        self.handed: list[tuple[Tensor, Tensor, int, int]] = []  # keys and values by call, and their versions
+        self.expanded: dict[nn.Module, latent.Expanded] = {}
+        self.tried: dict[latent.Sizes, bool] = {}
         self.ranges = WatchRanges()
 
     def describe(self, module: nn.Module) -> str:
@@ -54,11 +58,32 @@ class Recording(Forward):
         if self.ranges.made_by(call.module, tokens) and not tempers_rows(call.module):
             self.refuse(call, "it numbers the tokens of a forward by itself, which packed sequences make wrong")
         self.ranges.made.clear()
-        self.specs.append(call.spec(*self.reach(call)))
+        spec = call.spec(*self.reach(call))
+        if (expanded := self.expanded.pop(call.module, None)) is not None:
+            spec = expanded.spec(call, spec)
+        self.specs.append(replace(spec, shares=self.source_of(call)))
         self.callers.append(self.names[call.module])
         return call.v.new_empty(1, tokens, call.q.shape[1], call.v.shape[3])
 
-    def mix(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def source_of(self, call: Call) -> int | None:
+        """The earlier call that handed over the very keys and values of ``call``, unchanged since."""
+        now = (call.k, call.v, call.k._version, call.v._version)
+        self.handed.append(now)
+        for source, (k, v, *versions) in enumerate(self.handed[:-1]):
+            if k is call.k and v is call.v and versions == [*now[2:]]:
+                if self.specs[source].latent:
+                    self.refuse(call, "it attends to keys and values that another layer expanded")
+                return source
+        return None
+
+    def expand(self, module: nn.Module, original: Original, latents: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = original(latents, rotated)
+        found = latent.recognise(module, latents, rotated, keys, values, self.tried)
+        if found is not None:
+            self.expanded[module] = found
+        return keys, values
+
+    def mix(self, module: nn.Module, forward: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.mixing = module
         spec, out = mixers.record(self.names[module], forward, args, kwargs)
         self.mixing = None

@@ -22,6 +22,7 @@ from quant.base import (
     Scheme,
     TensorSpec,
 )
+from quant.reference import dequantize
 
 
 class QuantLinear(nn.Module):
@@ -77,6 +78,14 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         assert self.quant_weight is not None, f"{self.name} was not finished after loading"
         return self.kernel.apply(x, self.quant_weight, self.bias)
+
+    def dense(self, dtype: torch.dtype) -> nn.Linear:
+        """The same layer with its weight dequantized, of a kernel that leaves the canonical layout as it is."""
+        assert self.quant_weight is not None, f"{self.name} was not finished after loading"
+        layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        layer.weight = nn.Parameter(dequantize(self.quant_weight).to(dtype), requires_grad=False)
+        layer.register_parameter("bias", self.bias)
+        return layer
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         # Moves follow the module; a change of dtype must not touch codes or scales.

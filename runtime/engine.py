@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from attention.base import AttentionError
 from attention.hf import NAME as ATTENTION
-from attention.hf import read_layers, separate_states
+from attention.hf import prepare, read_layers
 from attention.kv_cache import KVCache
 from attention.registry import select
 from attention.states import StateCache, bytes_per_sequence
@@ -38,7 +38,7 @@ from runtime.graphs import batch_sizes, capture_decodes, choose_capture, reserve
 from runtime.kv_storage import plan_storage
 from runtime.loader import load
 from runtime.memory import size_cache
-from runtime.plan import make_plan
+from runtime.plan import ABSORBED, make_plan
 from runtime.report import engine_report
 from runtime.request import Delta, FinishReason, Request, SamplingParams
 from runtime.runner import Runner, StepResult
@@ -76,13 +76,14 @@ class Engine:
         try:
             self.layers = read_layers(plan.config, plan.trust_remote_code, plan.dtype)
             specs, _, mixers = self.layers
+            plan = plan.dequantizing(self.layers.absorbed, ABSORBED)
             selection = select(specs, plan.device, config.attention_backend, build)
             stored_as = plan_storage(plan, self.layers, config.kv_cache_dtype)
         except AttentionError as error:
             raise LoadError(f"{checkpoint.folder}: {error}") from error
         self.tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config, checkpoint)
         self.loaded = load(plan, ATTENTION)
-        separate_states(self.loaded.model)
+        prepare(self.loaded.model)
         token_bytes = KVCache.bytes_per_token(specs, stored_as.dtype)
         state_bytes = bytes_per_sequence(mixers) * config.max_num_seqs
         self.vocabulary = int(cast(Any, self.loaded.model).get_input_embeddings().num_embeddings)

@@ -15,7 +15,7 @@ from attention.registry import select
 from quant.kernels.native import build
 from runtime.checkpoint import Checkpoint
 from runtime.errors import LoadError
-from runtime.plan import LoadPlan, make_plan
+from runtime.plan import ABSORBED, LoadPlan, make_plan
 from runtime.report import attention_lines, inspect_data, inspect_text
 
 
@@ -61,6 +61,7 @@ def inspect(
     )
     try:
         layers = read_layers(plan.config, plan.trust_remote_code, plan.dtype)
+        plan = plan.dequantizing(layers.absorbed, ABSORBED)
         lines = attention_lines(layers, select(layers.attention, plan.device, attention_backend, build))
     except UnsupportedAttention as error:
         lines = [("attention", f"the engine cannot serve this model: {error}")]

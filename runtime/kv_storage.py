@@ -59,7 +59,7 @@ def plan_storage(plan: LoadPlan, layers: Layers, asked: str) -> Storage:
     source = "as the checkpoint asks, " if asked == "auto" else ""
     if not count:
         return Storage(dtype, nothing, f"{source}scales per token and head: none are stored")
-    rest = 2 * len(static) - count
+    rest = sum(len(spec.kept) for spec in layers.attention) - count
     others = f", {rest} others per token and head" if rest else ""
     return Storage(dtype, static, f"{source}{count} static scales of the checkpoint{others}")
 
@@ -82,7 +82,8 @@ def _read(plan: LoadPlan, layers: Layers) -> list[StaticScales]:
         )
 
     def scale_of(caller: str, part: str, spec: AttentionSpec) -> Tensor | None:
-        name = found.get((caller, part))
+        # A latent is neither a key nor a value, and what is shared has the scale that it was stored with.
+        name = None if spec.latent or spec.shares is not None else found.get((caller, part))
         return None if name is None else _checked(plan, name, spec.kv_heads).to(plan.device)
 
     return [

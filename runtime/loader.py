@@ -90,12 +90,18 @@ class PlannedQuantizer(HfQuantizer):
                     parent._is_hf_initialized = True
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        method = self.quantization_config.plan.method
+        plan: LoadPlan = self.quantization_config.plan
         if self.streaming and self.streaming.error:
             raise self.streaming.error
         for module in model.modules():
             if isinstance(module, QuantLinear) and module.quant_weight is None:
-                module.finish(method)
+                assert plan.method is not None
+                module.finish(plan.method)
+        for planned in plan.quantized:
+            if planned.dequantized:
+                layer = model.get_submodule(planned.name)
+                assert isinstance(layer, QuantLinear)
+                set_module(model, planned.name, layer.dense(plan.dtype))
         return model
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:

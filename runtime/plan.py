@@ -7,9 +7,9 @@ cannot work is refused here, not after minutes of loading. ``relinear inspect`` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -30,12 +30,16 @@ from runtime.skeleton import build_meta_model, read_model_config, resolve_device
 WORKING_BYTES = 32 << 20
 """What quantizing a part of a layer takes beside it (:data:`quant.onload.base.WEIGHTS_AT_ONCE`)."""
 
+ABSORBED = "dequantized: latents are kept in place of keys and values, and attention multiplies by this weight itself"
+"""Why a linear layer is dense in the engine that is quantized elsewhere (:mod:`attention.latent`)."""
+
 
 @dataclass(frozen=True)
 class ModulePlan:
     """One linear layer. ``choice`` ``None`` means dense, and ``reason`` says why; otherwise ``reason`` tells what the
     kernel runs and who was asked before it. ``nbytes`` is the weight's size once loaded, ``dropped`` the activation
-    quantization that the checkpoint asks for and that is left out. ``transposed``: a dense weight of it is ``[in, out]``."""
+    quantization that the checkpoint asks for and that is left out. ``transposed``: a dense weight of it is ``[in, out]``.
+    ``dequantized``: once loaded it is an ``nn.Linear``."""
 
     name: str
     shape: LinearShape
@@ -46,6 +50,7 @@ class ModulePlan:
     nbytes: int
     dropped: Activation | None = None
     transposed: bool = False
+    dequantized: bool = False
 
     @property
     def bf16_bytes(self) -> int:
@@ -55,7 +60,7 @@ class ModulePlan:
     @property
     def kernel(self) -> str:
         """Name of what multiplies."""
-        return self.choice.kernel.name if self.choice else "torch"
+        return self.choice.kernel.name if self.choice and not self.dequantized else "torch"
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,24 @@ class LoadPlan:
         stored = sum(tensor_bytes(spec) for module in self.quantized for spec in module.stored.values())
         dense = self.weight_bytes - sum(module.nbytes for module in self.quantized)
         return stored + dense + largest
+
+    def dequantizing(self, names: Collection[str], reason: str) -> Self:
+        """The same, but the linear layers of these names are dense once they are loaded."""
+        modules = dict(self.modules)
+        for name in names:
+            module = modules[name]
+            if module.scheme is None:
+                continue
+            modules[name] = replace(
+                module,
+                scheme=replace(module.scheme, activation=None),
+                choice=kernels.choose(module.scheme, module.shape, self.device, "reference"),
+                reason=reason,
+                nbytes=module.bf16_bytes * self.dtype.itemsize // 2,
+                dropped=module.scheme.activation or module.dropped,
+                dequantized=True,
+            )
+        return replace(self, modules=modules)
 
     def require_complete(self) -> None:
         """Raise :class:`LoadError` if a stored tensor has no owner or a parameter no source."""

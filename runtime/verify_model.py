@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from attention.base import AttentionError, UnsupportedAttention
 from attention.hf import NAME as PAGED
-from attention.hf import read_layers, separate_states
+from attention.hf import prepare, read_layers
 from attention.registry import select
 from quant.kernels.native import build
-from quant.linear import QuantLinear
 from quant.reference import linear
 from runtime.errors import LoadError
 from runtime.loader import load
 from runtime.one_sequence import OneSequence
+from runtime.plan import ABSORBED, ModulePlan
 from runtime.weights import StoredWeights
 
 LARGEST_KL = 1e-6
@@ -71,6 +71,7 @@ def compare(weights: StoredWeights, ids: list[int], attention_backend: str | Non
     assert plan.dtype == torch.float32, plan.dtype
     try:
         layers = read_layers(plan.config, plan.trust_remote_code)
+        plan = plan.dequantizing(layers.absorbed, ABSORBED)
         backend = select(layers.attention, plan.device, attention_backend, build).backend
         pages = OneSequence(layers, backend, plan.device, plan.dtype)
         found = Comparison(f"{backend.name}, paged")
@@ -86,7 +87,7 @@ def compare(weights: StoredWeights, ids: list[int], attention_backend: str | Non
         if pages is None:
             served = model(tokens, use_cache=False).logits[0]
         else:
-            separate_states(model)
+            prepare(model)
             served = pages.logits(model, tokens[0])
             cast(Any, model).set_attn_implementation("eager")
     with _hidden_states(model) as theirs, _dequantized(model, weights, found.linears):
@@ -145,18 +146,16 @@ def _dequantized(model: nn.Module, weights: StoredWeights, distances: dict[str, 
     """Quantized layers answer with the reference product of the weight in the file; how far their kernel is from that for the
     same inputs goes to ``distances``."""
 
-    def replaced(layer: QuantLinear) -> Callable[..., Tensor]:
+    def replaced(planned: ModulePlan) -> Callable[..., Tensor]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            planned = weights.plan.modules[layer.name]
-            bias = weights.bias(planned)
-            truth = linear(inputs[0], weights.quantized(planned), bias)
-            distances[layer.name] = max(distances.get(layer.name, 0.0), _distance(output, truth))
+            truth = linear(inputs[0], weights.quantized(planned), weights.bias(planned))
+            distances[planned.name] = max(distances.get(planned.name, 0.0), _distance(output, truth))
             return truth
 
         return hook
 
-    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
-    handles = [layer.register_forward_hook(replaced(layer)) for layer in layers]
+    layers = [planned for planned in weights.plan.quantized if not planned.shape.lookup]
+    handles = [model.get_submodule(planned.name).register_forward_hook(replaced(planned)) for planned in layers]
     try:
         yield
     finally:

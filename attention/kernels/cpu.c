@@ -40,6 +40,7 @@ typedef struct {
     float *scale;
     const float *fixed;  // [kv_heads]: scales that do not depend on what is stored; or null
     int64_t type, bytes;  // of an element
+    int64_t row;          // bytes from a vector to the next: values that are a part of the keys lie as far apart as those
 } Pages;
 
 typedef struct {
@@ -139,13 +140,12 @@ INLINE float tanh_of(float x) {
 // Finds up to KEYS keys from `first`; zeros take the place of those that are not there.
 static void locate(const Job *job, const Tile *tile, int64_t kv_head, int64_t first, const char *zeros, Block *block) {
     int64_t count = max(0, min(KEYS, tile->stop - first)), size = job->block_size, i = 0;
-    int64_t key_bytes = job->k.dim * job->keys.bytes, value_bytes = job->v.dim * job->values.bytes;
     const int32_t *table = job->tables + tile->sequence * job->table_width;
     for (int64_t page = first / size, offset = first % size; i < count; page++, offset = 0) {
         int64_t at = (table[page] * size + offset) * job->kv_heads + kv_head;
         for (; i < count && offset < size; i++, offset++, at += job->kv_heads) {
-            block->key_at[i] = (const char *)job->keys.data + at * key_bytes;
-            block->value_at[i] = (const char *)job->values.data + at * value_bytes;
+            block->key_at[i] = (const char *)job->keys.data + at * job->keys.row;
+            block->value_at[i] = (const char *)job->values.data + at * job->values.row;
             if (job->keys.scale) {
                 block->key_factor[i] = job->scale * job->keys.scale[at];
                 block->value_factor[i] = job->values.scale[at];
@@ -242,7 +242,7 @@ AVX512 INLINE void transpose_avx512(const void *const *rows, int64_t step, void 
 #endif
 
 static const struct {
-    void (*store)(const Job *job, int64_t token);
+    void (*store)(const Job *job, int64_t keeps, int64_t token);
     void (*attend)(const Job *job, const Tile *tile, int64_t kv_head, int64_t part, int64_t parts, Scratch *scratch);
     void (*finish)(const Job *job, const Tile *tile, int64_t kv_head, int64_t parts, const Result *results);
 } paths[] = {
@@ -294,16 +294,16 @@ static Scratch scratch_in(const Job *job, int64_t rows, char *memory, int64_t *t
     return scratch;
 }
 
-static void store(int path, int64_t most_threads, const Job *job) {
+static void store(int path, int64_t most_threads, int64_t keeps, const Job *job) {
     int64_t bytes = job->tokens * job->kv_heads * (job->k.dim * job->keys.bytes + job->v.dim * job->values.bytes);
     int64_t threads = min(most_threads, 1 + bytes / THREAD_BYTES);
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t token = 0; token < job->tokens; token++) paths[path].store(job, token);
+    for (int64_t token = 0; token < job->tokens; token++) paths[path].store(job, keeps, token);
 }
 
-// Stores keys and values if `storing`, then attends. Returns 0, or 1 if there is no memory to work in.
-int attend(int path, int64_t most_threads, int storing, const Job *job) {
-    if (storing) store(path, most_threads, job);
+// Stores the first `keeps` (0 to 2) of keys and values, then attends. Returns 0, or 1 if there is no memory to work in.
+int attend(int path, int64_t most_threads, int keeps, const Job *job) {
+    if (keeps) store(path, most_threads, keeps, job);
     int64_t count = cut(job, NULL), items = count * job->kv_heads, work = 0, longest = 0, rows = 0;
     Tile *tiles = malloc((count + 1) * sizeof *tiles);
     if (!tiles) return 1;

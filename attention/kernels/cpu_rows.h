@@ -227,7 +227,7 @@ TARGET static void NAME(keep)(const Rows *rows, const Pages *pages, int64_t toke
         const char *from = (const char *)rows->data + (token * rows->token + head * rows->head) * rows->bytes;
         int64_t at = slot * heads + head, dim = rows->dim;
         if (!pages->scale) {
-            memcpy((char *)pages->data + at * dim * pages->bytes, from, dim * pages->bytes);
+            memcpy((char *)pages->data + at * pages->row, from, dim * pages->bytes);
             continue;
         }
         uint32_t bits = 0;  // of the largest magnitude: they are ordered as the numbers are, and NaN is above all
@@ -241,7 +241,7 @@ TARGET static void NAME(keep)(const Rows *rows, const Pages *pages, int64_t toke
         if (scale == 0) scale = 1;
         if (pages->fixed) scale = bits < 0x7f800000 ? pages->fixed[head] : as_float(0x7fc00000);
         pages->scale[at] = scale;
-        uint8_t *restrict to = (uint8_t *)pages->data + at * dim;
+        uint8_t *restrict to = (uint8_t *)pages->data + at * pages->row;
         for (int64_t d = 0; d < dim; d++) {
             float value = rows->type == FLOAT32 ? value_of(from, FLOAT32, d) : value_of(from, BFLOAT16, d);
             float code = value / scale;
@@ -252,9 +252,9 @@ TARGET static void NAME(keep)(const Rows *rows, const Pages *pages, int64_t toke
     }
 }
 
-TARGET static void NAME(store)(const Job *job, int64_t token) {
+TARGET static void NAME(store)(const Job *job, int64_t keeps, int64_t token) {
     NAME(keep)(&job->k, &job->keys, token, job->slots[token], job->kv_heads);
-    NAME(keep)(&job->v, &job->values, token, job->slots[token], job->kv_heads);
+    if (keeps > 1) NAME(keep)(&job->v, &job->values, token, job->slots[token], job->kv_heads);
 }
 #endif
 

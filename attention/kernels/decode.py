@@ -28,8 +28,8 @@ def decode_kernel(
     table_stride, q_token, q_head, splits, scale, cap,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr, K1: tl.constexpr,
     K2: tl.constexpr, V_PADDED: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
-    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, SCALED: tl.constexpr, KIND: tl.constexpr, M: tl.constexpr,
-    N: tl.constexpr, WHOLE: tl.constexpr,
+    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, SCALED: tl.constexpr, KIND: tl.constexpr, LATENT: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     HEAD_TILES: tl.constexpr = (GROUP + M - 1) // M
     head = tl.program_id(0) // HEAD_TILES
@@ -61,7 +61,7 @@ def decode_kernel(
     acc, total, m, unit = attend_range(
         acc, total, m, unit, q1, q2, factor, start, stop, stop, last, last,
         tables + sequence * table_stride, k_cache, v_cache, k_scale, v_scale, head, cap,
-        HEADS, K_DIM, V_DIM, K1, K2, V_PADDED, PAGE, SOFTCAP, SCALED, N, MASKED=True, BOUNDED=False,
+        HEADS, K_DIM, V_DIM, K1, K2, V_PADDED, PAGE, SOFTCAP, SCALED, LATENT, N, MASKED=True, BOUNDED=False,
     )  # fmt: skip
     acc = finished(acc, total, unit, SCALED)
     if WHOLE:

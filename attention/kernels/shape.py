@@ -86,4 +86,5 @@ def constants(spec: AttentionSpec, model: torch.dtype, cache: KVCache) -> dict[s
         "SINKS": spec.sinks,
         "SCALED": cache.quantized,
         "KIND": dot_type(model, cache.dtype),
+        "LATENT": spec.latent,
     }

@@ -61,7 +61,7 @@ def store_rows(
 def store_kv_kernel(
     k, v, slots, k_cache, v_cache, k_scale, v_scale, k_static, v_static, k_token, k_head, v_token, v_head, rows,
     HEADS: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr, K_PADDED: tl.constexpr, V_PADDED: tl.constexpr,
-    SCALED: tl.constexpr, K_STATIC: tl.constexpr, V_STATIC: tl.constexpr, ROWS: tl.constexpr,
+    SCALED: tl.constexpr, K_STATIC: tl.constexpr, V_STATIC: tl.constexpr, LATENT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < rows
@@ -71,14 +71,16 @@ def store_kv_kernel(
         k, k_token, k_head, k_cache, k_scale, k_static, token, head, slot, live,
         HEADS, K_DIM, K_PADDED, SCALED, K_STATIC,
     )  # fmt: skip
-    store_rows(
-        v, v_token, v_head, v_cache, v_scale, v_static, token, head, slot, live,
-        HEADS, V_DIM, V_PADDED, SCALED, V_STATIC,
-    )  # fmt: skip
+    if not LATENT:
+        store_rows(
+            v, v_token, v_head, v_cache, v_scale, v_static, token, head, slot, live,
+            HEADS, V_DIM, V_PADDED, SCALED, V_STATIC,
+        )  # fmt: skip
 
 
-def store_kv(call: int, k: Tensor, v: Tensor, slots: Tensor, cache: KVCache) -> None:
-    """What :meth:`KVCache.write` says. The last dimension of ``k`` and ``v`` must be contiguous."""
+def store_kv(call: int, k: Tensor, v: Tensor, slots: Tensor, cache: KVCache, latent: bool = False) -> None:
+    """What :meth:`KVCache.write` says of a call that shares nothing; of one that is ``latent``, keys are stored alone. The last
+    dimension of ``k`` and ``v`` must be contiguous."""
     (tokens, heads, key_dim), value_dim = k.shape, v.shape[2]
     k_cache, v_cache, k_scale, v_scale = stored(cache, call, writing=True)
     static = cache.static[call]
@@ -89,5 +91,6 @@ def store_kv(call: int, k: Tensor, v: Tensor, slots: Tensor, cache: KVCache) -> 
         k, v, slots, k_cache, v_cache, k_scale, v_scale, k_static, v_static,
         k.stride(0), k.stride(1), v.stride(0), v.stride(1), tokens * heads,
         HEADS=heads, K_DIM=key_dim, V_DIM=value_dim, K_PADDED=padded(key_dim), V_PADDED=padded(value_dim),
-        SCALED=cache.quantized, K_STATIC=static.k is not None, V_STATIC=static.v is not None, ROWS=ROWS, num_warps=WARPS,
+        SCALED=cache.quantized, K_STATIC=static.k is not None, V_STATIC=static.v is not None, LATENT=latent,
+        ROWS=ROWS, num_warps=WARPS,
     )  # fmt: skip

@@ -89,16 +89,19 @@ def attend_range(
     acc, total, m, unit, q1, q2, factor, start, end, stop, seen_first, seen_last,
     table, k_cache, v_cache, k_scale, v_scale, head, cap,
     HEADS: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr,
-    V_PADDED: tl.constexpr, PAGE: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr, N: tl.constexpr,
-    MASKED: tl.constexpr, BOUNDED: tl.constexpr,
+    V_PADDED: tl.constexpr, PAGE: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr, LATENT: tl.constexpr,
+    N: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
     """Attend to the keys from ``start`` to ``end``, ``N`` at a time.
 
     ``MASKED``: keys from ``stop`` on are not read, and row ``i`` sees only those up to ``seen_last[i]`` and, if ``BOUNDED``,
     from ``seen_first[i]``. Otherwise every row sees every key, and ``end - start`` is a multiple of ``N``.
+
+    ``LATENT``: values are the first part of the keys. If it is just the first of their two pieces, it is loaded once.
     """
+    V_ROW: tl.constexpr = K_DIM if LATENT else V_DIM
     d1, dv = tl.arange(0, K1), tl.arange(0, V_PADDED)
-    k_base, v_base = k_cache + head * K_DIM, v_cache + head * V_DIM
+    k_base, v_base = k_cache + head * K_DIM, v_cache + head * V_ROW
     for tile in range(start, end, N):
         position = tile + tl.arange(0, N)
         live = position < stop
@@ -109,11 +112,11 @@ def attend_range(
         slot = page.to(tl.int64) * PAGE + position % PAGE
 
         rows = slot * (HEADS * K_DIM)
-        k = load_rows(k_base, rows, d1, live, K_DIM, K1 > K_DIM, MASKED)
-        scores = tl.dot(q1, tl.trans(decoded(k, q1.dtype)), input_precision="ieee")
+        k1 = load_rows(k_base, rows, d1, live, K_DIM, K1 > K_DIM, MASKED)
+        scores = tl.dot(q1, tl.trans(decoded(k1, q1.dtype)), input_precision="ieee")
         if K2 > 0:
-            k = load_rows(k_base, rows, K1 + tl.arange(0, K2), live, K_DIM, K1 + K2 > K_DIM, MASKED)
-            scores = tl.dot(q2, tl.trans(decoded(k, q2.dtype)), scores, input_precision="ieee")
+            k2 = load_rows(k_base, rows, K1 + tl.arange(0, K2), live, K_DIM, K1 + K2 > K_DIM, MASKED)
+            scores = tl.dot(q2, tl.trans(decoded(k2, q2.dtype)), scores, input_precision="ieee")
         if SCALED:
             scores *= tl.load(k_scale + slot * HEADS + head, mask=live, other=0.0)[None, :]
         power = factor * 1.4426950408889634
@@ -136,7 +139,10 @@ def attend_range(
         total = total * decay + tl.sum(weights, 1)
         m = highest
 
-        v = load_rows(v_base, slot * (HEADS * V_DIM), dv, live, V_DIM, V_PADDED > V_DIM, MASKED)
+        if LATENT and V_DIM == K1 and V_PADDED == K1:
+            v = k1
+        else:
+            v = load_rows(v_base, slot * (HEADS * V_ROW), dv, live, V_DIM, V_PADDED > V_DIM, MASKED)
         if SCALED:
             v_scales = tl.load(v_scale + slot * HEADS + head, mask=live, other=0.0)
             larger = tl.maximum(unit, tl.max(v_scales, 0))

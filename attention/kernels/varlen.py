@@ -37,8 +37,8 @@ def varlen_kernel(
     table_stride, q_token, q_head, sequences, scale, cap,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr, K1: tl.constexpr,
     K2: tl.constexpr, V_PADDED: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
-    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, SCALED: tl.constexpr, KIND: tl.constexpr, M: tl.constexpr,
-    N: tl.constexpr,
+    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, SCALED: tl.constexpr, KIND: tl.constexpr, LATENT: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     MEMBERS: tl.constexpr = GROUP if GROUP < M else M  # query heads of a program
     QUERIES: tl.constexpr = M // MEMBERS
@@ -81,17 +81,17 @@ def varlen_kernel(
         acc, total, m, unit = attend_range(
             acc, total, m, unit, q1, q2, factor, start, full, stop, seen_first, position,
             table, k_cache, v_cache, k_scale, v_scale, head, cap,
-            HEADS, K_DIM, V_DIM, K1, K2, V_PADDED, PAGE, SOFTCAP, SCALED, N, MASKED=True, BOUNDED=True,
+            HEADS, K_DIM, V_DIM, K1, K2, V_PADDED, PAGE, SOFTCAP, SCALED, LATENT, N, MASKED=True, BOUNDED=True,
         )  # fmt: skip
     acc, total, m, unit = attend_range(
         acc, total, m, unit, q1, q2, factor, full, partial, stop, seen_first, position,
         table, k_cache, v_cache, k_scale, v_scale, head, cap,
-        HEADS, K_DIM, V_DIM, K1, K2, V_PADDED, PAGE, SOFTCAP, SCALED, N, MASKED=False, BOUNDED=False,
+        HEADS, K_DIM, V_DIM, K1, K2, V_PADDED, PAGE, SOFTCAP, SCALED, LATENT, N, MASKED=False, BOUNDED=False,
     )  # fmt: skip
     acc, total, m, unit = attend_range(
         acc, total, m, unit, q1, q2, factor, partial, stop, stop, seen_first, position,
         table, k_cache, v_cache, k_scale, v_scale, head, cap,
-        HEADS, K_DIM, V_DIM, K1, K2, V_PADDED, PAGE, SOFTCAP, SCALED, N, MASKED=True, BOUNDED=BOUNDED,
+        HEADS, K_DIM, V_DIM, K1, K2, V_PADDED, PAGE, SOFTCAP, SCALED, LATENT, N, MASKED=True, BOUNDED=BOUNDED,
     )  # fmt: skip
     d = tl.arange(0, V_PADDED)
     target = out + (token * (HEADS * GROUP) + query_head) * V_DIM

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attention.base import AttentionError
 from attention.hf import NAME as ATTENTION
-from attention.hf import attention_only, read_layers
+from attention.hf import attention_only, prepare, read_layers
 from attention.registry import select
 from runtime.checkpoint import Checkpoint
 from runtime.config import EngineConfig
@@ -23,7 +23,7 @@ from runtime.errors import Error, InvalidRequest, LoadError
 from runtime.kv_storage import plan_storage, resolve_name
 from runtime.loader import load
 from runtime.one_sequence import OneSequence
-from runtime.plan import make_plan
+from runtime.plan import ABSORBED, make_plan
 
 
 def as_config(model: str | EngineConfig) -> EngineConfig:
@@ -50,6 +50,7 @@ class Scorer:
             try:
                 layers = read_layers(self.plan.config, self.plan.trust_remote_code)
                 attention_only(self.plan.config.model_type, layers)
+                self.plan = self.plan.dequantizing(layers.absorbed, ABSORBED)
                 # On a CPU the reference: which codes a quantized cache gets depends on the last bit of what was attended.
                 backend = select(layers.attention, self.plan.device, config.attention_backend).backend
                 stored_as = plan_storage(self.plan, layers, config.kv_cache_dtype)
@@ -57,6 +58,8 @@ class Scorer:
                 raise LoadError(f"{checkpoint.folder}: {error}") from error
             self._pages = OneSequence(layers, backend, self.plan.device, stored_as.dtype, stored_as.static)
         self.model: Any = load(self.plan, ATTENTION if self._pages else None).model
+        if self._pages:
+            prepare(self.model)
         self.vocabulary = int(cast(Any, self.model).get_input_embeddings().num_embeddings)
 
     @property

@@ -85,7 +85,10 @@ def how(engine: Engine) -> str:
     """What the engine minds beside causal attention through pages."""
     specs, model = engine.runner.specs, engine.loaded.model
     traits = [name for name in ("window", "chunk", "softcap", "sinks") if any(getattr(spec, name) for spec in specs)]
-    traits += ["keys and values of unlike size"] * any(spec.key_dim != spec.value_dim for spec in specs)
+    traits += ["latents instead of keys and values"] * any(spec.latent for spec in specs)
+    traits += ["keys and values of unlike size"] * any(s.key_dim != s.value_dim and not s.latent for s in specs)
+    if sharing := sum(spec.shares is not None for spec in specs):
+        traits.append(f"{sharing} layers share keys and values of others")
     layers = engine.loaded.plan.config.get_text_config(decoder=True).num_hidden_layers
     if len(specs) > layers:
         traits.append(f"{len(specs)} attention calls in {layers} layers, a cache slot for each")

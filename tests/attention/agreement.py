@@ -22,6 +22,7 @@ WIDE = {
     "dim-192-128": AttentionSpec(2, 2, 192, 128, scale=192**-0.5),
     "dim-256": replace(BASE, key_dim=256, value_dim=256, scale=1 / 16, softcap=2.0),
     "dim-576-512": AttentionSpec(20, 1, 576, 512, scale=576**-0.5),
+    "latent-576-512": AttentionSpec(20, 1, 576, 512, scale=576**-0.5, latent=True),
     "group-7": AttentionSpec(14, 2, 16, 16, scale=0.25, window=9),
     "group-130": AttentionSpec(130, 1, 16, 16, scale=0.25),
 }
@@ -29,6 +30,27 @@ WIDE_LENGTHS = [5, 1, 9, 7]
 WIDE_STEPS = [{2: 6, 0: 4}, {0: 1, 1: 1, 2: 1}, {3: 7, 2: 1}]
 
 QUANTIZED = (torch.float8_e4m3fn, torch.int8)
+
+
+def agree_on_shared_keys(backend: AttentionBackend, device: torch.device, spec: AttentionSpec) -> None:
+    """A call that shares attends to what another has stored, and stores nothing."""
+    torch.manual_seed(0)
+    sharing = replace(spec, shares=0)
+    q, k, v = torch.randn(5, spec.heads, spec.key_dim), *torch.randn(2, 5, spec.kv_heads, spec.key_dim)
+    results = []
+    for each, place in ((ReferenceBackend(), torch.device("cpu")), (backend, device)):
+        for specs in ([spec, sharing], [spec]):
+            cache = poisoned_cache(specs, 8, 3, device=place)
+            batch = AttentionBatch.pack([1, 4], [1, 4], [[2], [1, 0]], 3, place)
+            sinks = None if not spec.sinks else torch.zeros(spec.heads, device=place)
+            inputs = [tensor.to(place) for tensor in (q, k, v)]
+            out = each.forward(0, spec, *inputs, batch, cache, sinks)
+            if len(specs) > 1:
+                poison = [torch.full_like(tensor, torch.nan) for tensor in inputs[1:]]
+                out = each.forward(1, sharing, inputs[0], *poison, batch, cache, sinks)
+            results.append(out.cpu())
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=3e-6, atol=3e-6)
 
 
 def agree(

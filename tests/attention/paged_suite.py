@@ -19,7 +19,7 @@ from attention.kernels.store_kv import store_kv
 from attention.kv_cache import StaticScales
 from attention.paged import PagedBackend
 from attention.reference import ReferenceBackend
-from tests.attention.agreement import QUANTIZED, WIDE, WIDE_LENGTHS, WIDE_STEPS, agree
+from tests.attention.agreement import QUANTIZED, WIDE, WIDE_LENGTHS, WIDE_STEPS, agree, agree_on_shared_keys
 from tests.attention.paging import poisoned_cache, tensors_of
 from tests.attention.test_reference import BASE, SPECS
 
@@ -39,7 +39,7 @@ def test_wide_heads_and_large_groups(name: str) -> None:
 
 
 @pytest.mark.parametrize("stored", QUANTIZED)
-@pytest.mark.parametrize("name", ["gqa", "key-longer-than-value", "chunk-and-everything"])
+@pytest.mark.parametrize("name", ["gqa", "key-longer-than-value", "latent", "chunk-and-everything"])
 def test_quantized_caches(name: str, stored: torch.dtype) -> None:
     check(SPECS[name], stored=stored)
 
@@ -55,6 +55,10 @@ def test_half_precision(name: str, model: torch.dtype, stored: torch.dtype | Non
 @pytest.mark.parametrize("static", ["kv", "k", "v"])
 def test_scales_that_are_given(static: str, stored: torch.dtype, model: torch.dtype) -> None:
     check(SPECS["gqa"], model, stored, static=static)
+
+
+def test_keys_and_values_of_another_call() -> None:
+    agree_on_shared_keys(PagedBackend(), DEVICE, SPECS["gqa"])
 
 
 @pytest.mark.parametrize("block_size", [1, 16, 80])

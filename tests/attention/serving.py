@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from attention import AttentionBackend, AttentionBatch, AttentionSpec, forward_batch
+from attention.hf import prepare
 from attention.reference import ReferenceBackend
 from tests.attention.paging import poisoned_cache, scattered_tables
 
@@ -26,6 +27,7 @@ def serve(
     block_size: int = 3,
 ) -> list[Tensor]:
     """The logits of every token of every prompt, [tokens, vocabulary], fed in ``steps``."""
+    prepare(model)
     lengths = [len(prompt) for prompt in prompts]
     cache = poisoned_cache(specs, sum(lengths) + len(lengths) * block_size, block_size)
     tables = scattered_tables(lengths, cache)

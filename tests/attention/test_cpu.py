@@ -15,7 +15,7 @@ from attention.cpu import PATHS, CpuBackend
 from attention.kv_cache import StaticScales
 from attention.reference import ReferenceBackend
 from quant.kernels import native
-from tests.attention.agreement import QUANTIZED, WIDE, WIDE_LENGTHS, WIDE_STEPS, agree
+from tests.attention.agreement import QUANTIZED, WIDE, WIDE_LENGTHS, WIDE_STEPS, agree, agree_on_shared_keys
 from tests.attention.paging import poisoned_cache, scattered_tables, tensors_of
 from tests.attention.serving import relative_error, serve
 from tests.attention.test_hf import MIXED, PACKED, PROMPTS, TOLERANCE, alone_logits, specs_of
@@ -46,7 +46,7 @@ def test_wide_heads_and_large_groups(backend: CpuBackend, name: str, model: torc
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, *QUANTIZED])
-@pytest.mark.parametrize("name", ["gqa", "key-longer-than-value", "chunk-and-everything"])
+@pytest.mark.parametrize("name", ["gqa", "key-longer-than-value", "latent", "chunk-and-everything"])
 def test_caches_of_another_dtype(backend: CpuBackend, name: str, stored: torch.dtype) -> None:
     agree(backend, CPU, SPECS[name], stored=stored)
 
@@ -62,6 +62,10 @@ def test_half_precision(backend: CpuBackend, name: str, model: torch.dtype, stor
 @pytest.mark.parametrize("static", ["kv", "k", "v"])
 def test_scales_that_are_given(backend: CpuBackend, static: str, stored: torch.dtype, model: torch.dtype) -> None:
     agree(backend, CPU, SPECS["gqa"], model, stored, static=static)
+
+
+def test_keys_and_values_of_another_call(backend: CpuBackend) -> None:
+    agree_on_shared_keys(backend, CPU, SPECS["gqa"])
 
 
 @pytest.mark.parametrize("block_size", [1, 16, 80])

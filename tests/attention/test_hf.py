@@ -119,7 +119,7 @@ def test_specs_come_in_call_order_with_what_each_layer_asks() -> None:
 
 def test_dimensions_are_those_of_the_tensors_not_of_the_config() -> None:
     (spec,) = set(read_specs(tiny_config("deepseek_v3")))
-    assert (spec.heads, spec.kv_heads, spec.key_dim, spec.value_dim) == (4, 4, 12, 10)
+    assert spec == AttentionSpec(4, 1, 16 + 4, 16, scale=12**-0.5, latent=True)
 
 
 def test_windows_and_chunks_that_only_a_mask_carries_are_found() -> None:

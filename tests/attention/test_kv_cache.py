@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -25,3 +27,17 @@ def test_every_call_has_its_own_pair_of_its_own_shape() -> None:
 def test_bytes_per_token_is_what_is_allocated(dtype: torch.dtype) -> None:
     cache = KVCache(SPECS, blocks=5, block_size=3, dtype=dtype, device="meta")
     assert KVCache.bytes_per_token(SPECS, dtype) * 5 * 3 == sum(t.nbytes for t in tensors_of(cache))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_latents_are_kept_once_and_shared_keys_nowhere_else(dtype: torch.dtype) -> None:
+    latent = AttentionSpec(4, 1, 20, 16, scale=1.0, latent=True)
+    specs = [latent, SPECS[0], replace(SPECS[0], shares=1), replace(latent, shares=0)]
+    cache = KVCache(specs, blocks=5, block_size=3, dtype=dtype, device="cpu")
+    storage = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors_of(cache)}
+    assert KVCache.bytes_per_token(specs, dtype) * 5 * 3 == sum(storage.values())
+    scales = 4 if cache.quantized else 0
+    assert KVCache.bytes_per_token([latent], dtype) == 20 * dtype.itemsize + scales
+    assert cache.k[2] is cache.k[1]
+    assert cache.v[2] is cache.v[1]
+    assert cache.v[0].data_ptr() == cache.k[0].data_ptr()

@@ -31,6 +31,8 @@ SPECS = {
     "chunk-1": replace(BASE, chunk=1),
     "softcap": replace(BASE, softcap=0.5),
     "sinks": replace(BASE, sinks=True),
+    "latent": replace(BASE, kv_heads=1, key_dim=20, value_dim=16, latent=True),
+    "latent-and-window": AttentionSpec(6, 2, 12, 5, scale=0.7, window=6, latent=True),
     "everything": AttentionSpec(6, 2, 12, 5, scale=0.7, window=6, softcap=0.8, sinks=True),
     "chunk-and-everything": AttentionSpec(6, 3, 5, 12, scale=0.7, chunk=7, softcap=0.8, sinks=True),
 }
@@ -53,9 +55,9 @@ class Sequences:
 
         sinks = torch.randn(spec.heads).to(dtype) if spec.sinks else None
         kv = spec.kv_heads
-        return cls(
-            spec, tensors(spec.heads, spec.key_dim), tensors(kv, spec.key_dim), tensors(kv, spec.value_dim), sinks
-        )
+        q, k = tensors(spec.heads, spec.key_dim), tensors(kv, spec.key_dim)
+        v = [keys[..., : spec.value_dim] for keys in k] if spec.latent else tensors(kv, spec.value_dim)
+        return cls(spec, q, k, v, sinks)
 
     def expected(self, sequence: int) -> Tensor:
         """Token by token, in float64, over exactly the keys that the definition names."""

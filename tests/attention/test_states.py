@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, LinearAttentionLayer
 
 from attention import AttentionBatch, AttentionError, KVCache, UnsupportedAttention, forward_batch, read_specs
-from attention.hf import NAME, read_layers, separate_states
+from attention.hf import NAME, prepare, read_layers
 from attention.reference import ReferenceBackend
 from attention.states import MixerSpec, Segment, SequenceStates, StateCache, StateKey, StateSpec, bytes_per_sequence
 from tests.architectures.sweep import PROMPTS, alone, eager_model
@@ -130,7 +130,7 @@ class Served:
         self.eager = eager_model(model_type)
         self.model = eager_model(model_type)
         self.model.set_attn_implementation(NAME)
-        separate_states(self.model)
+        prepare(self.model)
         self.layers = read_layers(tiny_config(model_type))
         self.states: StateCache | None = StateCache(self.layers.mixers, 4, "cpu")
         self.cache = KVCache(self.layers.attention, 8, 16, torch.float32, "cpu")

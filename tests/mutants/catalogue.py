@@ -251,8 +251,8 @@ MUTANTS = (
     Mutant(
         "keys of a head for its values",
         "attention/kv_cache.py",
-        "return gather(self.k, self.k_scale), gather(self.v, self.v_scale)",
-        "return gather(self.k, self.k_scale), gather(self.k, self.k_scale)",
+        "else gather(self.v, self.v_scale)",
+        "else gather(self.k, self.k_scale)",
         (ATTENTION,),
     ),
     # What the engine does
