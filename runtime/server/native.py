@@ -142,6 +142,15 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, Any
     return {"text": text, "prompt": text}
 
 
+@router.get("/tokenizer_info")
+async def tokenizer_info(request: Request) -> dict[str, Any]:
+    """What lm-eval's ``local-completions`` asks for, to tokenise with the routes above and without files of its own."""
+    service: Service = request.app.state.service
+    tokenizer = service.tokenizer
+    marks = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    return {"tokenizer_class": type(tokenizer).__name__, "model_max_length": service.engine.max_model_len, **marks}
+
+
 @router.get("/v1/models")
 async def models(request: Request) -> dict[str, Any]:
     service: Service = request.app.state.service
@@ -199,7 +208,7 @@ async def server_info(request: Request) -> dict[str, Any]:
         "max_queued_requests": engine.config.max_queued_requests,
         "context_length": engine.max_model_len,
         "max_body_bytes": options.max_body_bytes,
-        "stats": vars(engine.stats()),
+        "internal_states": [vars(engine.stats())],  # one a scheduler: SGLang's benchmark reads the first
         "report": engine.report,
     }
 

@@ -243,6 +243,8 @@ def test_the_small_routes(server: Served, llm: LLM) -> None:
     assert server.get("/health").json() == {"status": "ok"}
     assert server.get("/get_model_info").json()["quantization"] == "awq"
     assert "kernel" in server.get("/server_info").json()["report"]
+    assert server.get("/server_info").json()["internal_states"][0]["running"] == 0
+    assert server.get("/tokenizer_info").json()["eos_token"] == llm.get_tokenizer().eos_token
     assert server.get("/version").status_code == 200
     for name in ("time_to_first_token_seconds_count", "generation_tokens_total", "request_success_total"):
         assert server.metric(name) > 0
