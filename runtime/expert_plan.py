@@ -1,8 +1,9 @@
-"""Which experts a quantized checkpoint holds one by one, and under which names: read off the model's own conversion mapping.
+"""Which experts are taken apart, and under which names: read off the model's own conversion mapping.
 
 Transformers merges the experts of a file into parameters with three dimensions, and knows dense ones only. Where a file
-holds quantized experts these parameters are taken apart instead (:mod:`quant.experts`), in the meta model before planning and
-in the model that is loaded, and the merging is left out. No list of models: names come from the rules that merge.
+holds quantized experts, or dense ones are quantized while they load, these parameters are taken apart instead
+(:mod:`quant.experts`), in the meta model before planning and in the model that is loaded, and the merging is left out. No
+list of models: names come from the rules that merge.
 """
 
 from __future__ import annotations
@@ -33,12 +34,28 @@ SOURCE = re.compile(r".*experts\\?\.\*\\?\.(\w+)\\?\.weight")
 
 
 @dataclass(frozen=True)
+class Stack:
+    """A stored tensor of all experts in one. ``parts``: the names in the tree, along its first dimension. ``dense``: the parts
+    are weights, ``transposed`` ones are ``[in, out]``; otherwise they are what a format stores."""
+
+    parts: tuple[str, ...]
+    dense: bool = False
+    transposed: bool = False
+
+    def part_of(self, spec: TensorSpec) -> TensorSpec:
+        """What a part is, by the stack: a weight is ``[out, in]``, as its layer has it."""
+        rest = spec.shape[1:]
+        shape = (rest[::-1] if self.transposed else rest) if self.dense else (1, *rest)
+        return TensorSpec(shape, spec.dtype)
+
+
+@dataclass(frozen=True)
 class ExpertPlan:
-    """``modules``: every experts module that is taken apart. ``stacks``: tensors of all experts in one, as renamed but
-    without regard to the base model's prefix -> the names in the tree of the parts, along the first dimension."""
+    """``modules``: every experts module that is taken apart. ``stacks``: tensors of all experts in one, by their names as
+    renamed but without regard to the base model's prefix."""
 
     modules: Mapping[str, Projections] = field(default_factory=dict)
-    stacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    stacks: Mapping[str, Stack] = field(default_factory=dict)
 
     def take_apart(self, model: nn.Module) -> None:
         """Replace the experts of a model, on the meta device, by linear layers of their own."""
@@ -54,14 +71,20 @@ class ExpertPlan:
 
         kept = [entry for entry in mapping if not isinstance(entry, WeightConverter) or not self._merges(entry)]
         splits = [
-            WeightConverter(f"^{re.escape(stack)}$", list(parts), operations=[Chunk(dim=0)])
-            for stack, parts in self.stacks.items()
+            WeightConverter(f"^{re.escape(name)}$", list(stack.parts), operations=[Chunk(dim=0)])
+            for name, stack in self.stacks.items()
         ]
         return kept + splits
 
-    def parts(self, first: str) -> tuple[str, ...]:
-        """All parts of a stack, by the name of the first, which is what Transformers calls it."""
-        return next((parts for parts in self.stacks.values() if parts[0] == first), ())
+    def stack(self, first: str) -> Stack | None:
+        """The stack by the name of its first part, which is what Transformers calls it."""
+        return next((stack for stack in self.stacks.values() if stack.parts[0] == first), None)
+
+    @property
+    def transposed(self) -> frozenset[str]:
+        """The layers whose dense weight is stored ``[in, out]``."""
+        parts = (part for stack in self.stacks.values() if stack.transposed for part in stack.parts)
+        return frozenset(part.removesuffix(".weight") for part in parts)
 
     def layer_of(self, tensor: str) -> str | None:
         """The expert's linear layer that a tensor of the tree belongs to."""
@@ -79,23 +102,31 @@ class ExpertPlan:
         )
 
 
-def plan_experts(checkpoint: Checkpoint, model: nn.Module) -> ExpertPlan:
-    """What to take apart in ``model`` (on the meta device). Nothing if no expert is stored quantized.
+def plan_experts(checkpoint: Checkpoint, model: nn.Module, on_load: bool = False) -> ExpertPlan:
+    """What to take apart in ``model`` (on the meta device): experts that are stored quantized, or, with ``on_load``, all, to be
+    quantized while they load.
 
-    Raises :class:`LoadError` for quantized experts in a layout that is not known.
+    Raises :class:`LoadError` for experts in a layout that is not known.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming
 
     owners = {name: module for name, module in model.named_modules() if _owns_stacked_matrices(module)}
-    if checkpoint.quantization is None or not owners:
+    if not owners or not (on_load or checkpoint.quantization):
         return ExpertPlan()
     mapping = get_model_conversion_mapping(model)
     naming = Naming(model, (entry for entry in mapping if isinstance(entry, WeightRenaming)))
     single = {name: found for name, module in owners.items() if (found := _projections(name, module, mapping))}
+    plan = _dense_experts if on_load else _quantized_experts
+    return plan(checkpoint, naming, owners, single)
+
+
+def _quantized_experts(
+    checkpoint: Checkpoint, naming: Naming, owners: Mapping[str, nn.Module], single: Mapping[str, Projections]
+) -> ExpertPlan:
     one_by_one = False
     modules: dict[str, Projections] = {}
-    stacks: dict[str, tuple[str, ...]] = {}
+    stacks: dict[str, Stack] = {}
     for stored, spec in checkpoint.tensors.items():
         if spec.dtype in DENSE_DTYPES:  # every quantized matrix has a tensor of another kind
             continue
@@ -108,11 +139,38 @@ def plan_experts(checkpoint: Checkpoint, model: nn.Module) -> ExpertPlan:
             one_by_one = True
         elif part in STACKED and keeps_contract(module) and parameter in (inward_parameter(module), "down_proj"):
             modules[owner] = Projections((inward_parameter(module),), "down_proj")
-            stacks[naming.before_prefix(stored)] = _parts(stored, spec, f"{owner}.{{}}.{parameter}.{part}", module)
+            parts = _parts(stored, spec, f"{owner}.{{}}.{parameter}.{part}", module)
+            stacks[naming.before_prefix(stored)] = Stack(parts)
         else:
             raise _refusal(stored, spec, owner, module, single.get(owner))
     # Transformers' rules merge the experts of all layers or of none.
-    return ExpertPlan(modules | (single if one_by_one else {}), stacks)
+    return ExpertPlan(modules | (dict(single) if one_by_one else {}), stacks)
+
+
+def _dense_experts(
+    checkpoint: Checkpoint, naming: Naming, owners: Mapping[str, nn.Module], single: Mapping[str, Projections]
+) -> ExpertPlan:
+    modules: dict[str, Projections] = {}
+    stacks: dict[str, Stack] = {}
+    for stored, spec in checkpoint.tensors.items():
+        owner, local = _split(naming.rename(stored)[0], owners)
+        if owner is None:
+            continue
+        module, expert = owners[owner], EXPERT.match(f".{local}")
+        if expert and owner in single and expert[2] in single[owner].names:
+            modules[owner] = single[owner]
+        elif keeps_contract(module) and local in (inward_parameter(module), "down_proj") and len(spec.shape) == 3:
+            modules[owner] = Projections((inward_parameter(module),), "down_proj")
+            parts = _parts(stored, spec, f"{owner}.{{}}.{local}.weight", module)
+            stacks[naming.before_prefix(stored)] = Stack(parts, dense=True, transposed=bool(module.is_transposed))
+    for name, module in owners.items():
+        if name not in modules and "expert" in f"{name} {type(module).__name__}".lower():
+            raise LoadError(
+                f"{name} ({type(module).__name__}) are experts in a layout that cannot be quantized while loading: they are "
+                "stored neither one by one nor in one tensor a projection. Load the model without --quantization, or "
+                "take a copy whose experts are quantized each by itself."
+            )
+    return ExpertPlan(modules, stacks)
 
 
 def _owns_stacked_matrices(module: nn.Module) -> bool:

@@ -83,10 +83,10 @@ def rename_headers(checkpoint: Checkpoint, model: nn.Module, experts: ExpertPlan
     aliases: dict[str, TensorSpec] = {}
     for stored, spec in checkpoint.tensors.items():
         name, converted = naming.rename(stored)
-        if parts := experts.parts(name):
-            tensors |= dict.fromkeys(parts, TensorSpec((1, *spec.shape[1:]), spec.dtype))
-            sources |= dict.fromkeys(parts, stored)
-            places |= {part: place for place, part in enumerate(parts)}
+        if stack := experts.stack(name):
+            tensors |= dict.fromkeys(stack.parts, stack.part_of(spec))
+            sources |= dict.fromkeys(stack.parts, stored)
+            places |= {part: place for place, part in enumerate(stack.parts)}
         elif converted:
             merged[stored] = name
         else:

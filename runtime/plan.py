@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quant import kernels
 from quant.base import Activation, LinearShape, NoKernel, QuantError, QuantMethod, Scheme, TensorSpec, canonical_bytes
@@ -24,7 +24,7 @@ from runtime.checkpoint import Checkpoint, tensor_bytes
 from runtime.errors import LoadError, some
 from runtime.expert_plan import ExpertPlan, plan_experts
 from runtime.naming import Headers, rename_headers
-from runtime.quantization import linear_shape, refuse_shared, resolve_method, stored_transposed, unquantized_experts
+from runtime.quantization import linear_shape, refuse_shared, resolve_method, stored_transposed
 from runtime.skeleton import build_meta_model, read_model_config, resolve_device, resolve_dtype
 
 WORKING_BYTES = 32 << 20
@@ -56,6 +56,11 @@ class ModulePlan:
     def bf16_bytes(self) -> int:
         """Bytes of the same weight in bf16."""
         return 2 * self.shape.in_features * self.shape.out_features
+
+    def oriented(self, weight: Tensor) -> Tensor:
+        """``[out, in]``, of a dense weight as it is stored; a part of a stack has a first dimension of 1."""
+        matrix = weight.flatten(0, -2)
+        return matrix.t() if self.transposed else matrix
 
     @property
     def kernel(self) -> str:
@@ -120,6 +125,10 @@ class LoadPlan:
         layer."""
         largest = max((module.bf16_bytes for module in self.quantized), default=0)
         if self.on_load:
+            for stack in self.experts.stacks.values():  # all experts of a layer come at once
+                largest = max(
+                    largest, sum(self.modules[part.removesuffix(".weight")].bf16_bytes for part in stack.parts)
+                )
             return self.weight_bytes + largest * self.dtype.itemsize // 2 + WORKING_BYTES
         stored = sum(tensor_bytes(spec) for module in self.quantized for spec in module.stored.values())
         dense = self.weight_bytes - sum(module.nbytes for module in self.quantized)
@@ -182,7 +191,9 @@ def make_plan(
     config = read_model_config(checkpoint, trust_remote_code)
     precision, note = resolve_dtype(dtype, checkpoint, place)
     model = build_meta_model(config, precision, trust_remote_code)
-    experts = plan_experts(checkpoint, model)
+    experts = plan_experts(
+        checkpoint, model, on_load=not checkpoint.quantization and bool(quantization or quantization_config)
+    )
     experts.take_apart(model)
     headers = rename_headers(checkpoint, model, experts)
     try:
@@ -193,7 +204,7 @@ def make_plan(
             raise NoKernel(
                 f"--kernel {kernel} multiplies by quantized weights, and this checkpoint has none. Leave it out."
             )
-        modules = _plan_linears(model, method, headers, place, precision, kernel, weight_only)
+        modules = _plan_linears(model, method, headers, place, precision, kernel, weight_only, experts.transposed)
     except QuantError as error:
         raise LoadError(f"{checkpoint.folder}: {error}") from error
     on_load = isinstance(method, OnLoad)
@@ -203,11 +214,10 @@ def make_plan(
     stored = {name.rpartition(".")[0] for name in (*headers.tensors, *checkpoint.tensors)}
     names = {name for name, _ in model.named_modules()} | stored
     unmatched = tuple(method.unmatched(names - {""})) if method else ()
-    remarks = unquantized_experts(model) if on_load else ()
     kv_scales = {name: headers.sources[name] for name in account.ignored if KV_SCALES.search(name)}
     return LoadPlan(
         checkpoint, config, precision, note, place, trust_remote_code, method, experts, modules, other, account, unmatched,
-        remarks, kv_scales,
+        kv_scales=kv_scales,
     )  # fmt: skip
 
 
@@ -219,9 +229,10 @@ def _plan_linears(
     dtype: torch.dtype,
     asked: str | None,
     weight_only: bool | None,
+    transposed: Collection[str] = (),
 ) -> dict[str, ModulePlan]:
-    """A plan for every ``nn.Linear`` and ``Conv1D``, and for embeddings that are stored quantized."""
-    tied = getattr(model, "all_tied_weights_keys", {})
+    """A plan for every ``nn.Linear`` and ``Conv1D``, and for embeddings that are stored quantized. ``transposed``: layers
+    whose dense weight is stored ``[in, out]``, beside every ``Conv1D``."""
     plans: dict[str, ModulePlan] = {}
     executes = method is None or method.executes_inputs_on is None or device.type in method.executes_inputs_on
     left_alone = not executes if weight_only is None else weight_only
@@ -231,22 +242,9 @@ def _plan_linears(
             continue
         written = headers.written.get(name, name)
         scheme = method.scheme_for(written, shape) if method else None
-        if shape.lookup and scheme is None:
-            continue
         if scheme is None or method is None:
-            shares = f"{name}.weight" in tied
-            source = tied.get(f"{name}.weight", "").removesuffix(".weight")
-            if source in plans and plans[source].shape.lookup:
-                shares = False
-                if f"{name}.weight" not in headers.tensors:
-                    refuse_shared(name, source)
-            size = 0 if shares else shape.in_features * shape.out_features * dtype.itemsize
-            reason = method.dense_reason(written) if method else "the checkpoint is not quantized"
-            reason = f"shares the weight of {tied[f'{name}.weight']}" if shares else reason
-            sparse = method.sparse(written, shape) if method else {}
-            for local, expected in sparse.items():
-                check_stored(f"{name}.{local}", headers.tensors.get(f"{name}.{local}"), expected)
-            plans[name] = ModulePlan(name, shape, sparse, None, None, reason, size)
+            if not shape.lookup:
+                plans[name] = _plan_dense(name, shape, model, method, headers, dtype, plans)
             continue
         if not shape.bias and (bias := headers.tensors.get(f"{name}.bias")):
             # auto-gptq stores one, mostly of zeros, for every layer; if it is not zero, it was meant.
@@ -268,13 +266,39 @@ def _plan_linears(
         reason = "; ".join([choice.kernel.summary, *remarks, *refusals])
         scale = next((spec.dtype for local, spec in stored.items() if "scale" in local or local == "s"), torch.float32)
         size = canonical_bytes(scheme, shape, method.scale_dtype if isinstance(method, OnLoad) else scale)
-        plans[name] = ModulePlan(name, shape, stored, scheme, choice, reason, size, dropped, stored_transposed(module))
+        turned = stored_transposed(module) or name in transposed
+        plans[name] = ModulePlan(name, shape, stored, scheme, choice, reason, size, dropped, turned)
     if method and not any(plan.scheme or plan.stored for plan in plans.values()):
         raise LoadError(
             f"quantization_config says {method.summary}, but no linear layer of {type(model).__name__} is stored so. "
             "The checkpoint is dense or damaged: remove quantization_config to load it as it is."
         )
     return plans
+
+
+def _plan_dense(
+    name: str,
+    shape: LinearShape,
+    model: nn.Module,
+    method: QuantMethod | None,
+    headers: Headers,
+    dtype: torch.dtype,
+    before: Mapping[str, ModulePlan],
+) -> ModulePlan:
+    """A linear layer that stays dense: it may share a weight of ``before``, or be stored without its zeros."""
+    source = getattr(model, "all_tied_weights_keys", {}).get(f"{name}.weight")
+    owner = before.get(source.removesuffix(".weight")) if source else None
+    if owner is not None and owner.shape.lookup:  # planned, so it is quantized
+        if f"{name}.weight" not in headers.tensors:
+            refuse_shared(name, owner.name)
+        source = None
+    written = headers.written.get(name, name)
+    reason = method.dense_reason(written) if method else "the checkpoint is not quantized"
+    stored = method.sparse(written, shape) if method else {}
+    for local, expected in stored.items():
+        check_stored(f"{name}.{local}", headers.tensors.get(f"{name}.{local}"), expected)
+    size = 0 if source else shape.in_features * shape.out_features * dtype.itemsize
+    return ModulePlan(name, shape, stored, None, None, f"shares the weight of {source}" if source else reason, size)
 
 
 def _other_bytes(model: nn.Module, modules: Mapping[str, ModulePlan], dtype: torch.dtype) -> int:

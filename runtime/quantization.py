@@ -64,14 +64,6 @@ def stored_transposed(module: nn.Module) -> bool:
     return type(module) is Conv1D
 
 
-def unquantized_experts(model: nn.Module) -> tuple[str, ...]:
-    """A remark for every kind of expert weights that stays dense: one parameter for all experts is no linear layer."""
-    stacked = [parameter for name, parameter in model.named_parameters() if parameter.ndim == 3 and "expert" in name]
-    if not stacked:
-        return ()
-    return (f"{len(stacked)} stacked expert weights stay dense, {sum(p.numel() for p in stacked)} numbers in all",)
-
-
 def refuse_shared(head: str, source: str) -> NoReturn:
     """A dense head cannot share a weight that is not there."""
     raise UnsupportedCheckpoint(

@@ -43,7 +43,7 @@ class Streaming:
             layer = model.get_submodule(name)
             assert isinstance(layer, QuantLinear)
             if layer.quant_weight is None:
-                layer.weight = weight.t() if self.plan.modules[name].transposed else weight
+                layer.weight = self.plan.modules[name].oriented(weight)
                 layer.finish(self.method)
         return [f"{name}.weight" for name in self.feeds[source]]
 

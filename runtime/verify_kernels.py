@@ -4,19 +4,21 @@ The truth of an output ``y = sum_i x_i w_i + b`` is computed in float64 from :fu
 quantization of inputs that the scheme asks for. Two bounds hold for a kernel that is right, in terms of the unit roundoff ``u``
 of the dtype of ``x`` and of ``v = 2**-24``, that of the float32 in which every kernel sums up:
 
-* one value, worst case: ``(2u + n v C) S + u |y|``, with ``S = sum |x_i w_i|``. A weight may be rounded twice on its way to
-  the dtype of ``x``, ``n`` products are summed, the result is rounded once (Higham, *Accuracy and Stability*, section 3.1);
+* one value, worst case: ``(2u + n v C) S + 2 n v Z + u |y|``, with ``S = sum |x_i w_i|``. A weight may be rounded twice on its
+  way to the dtype of ``x``, ``n`` products are summed, the result is rounded once (Higham, *Accuracy and Stability*, section
+  3.1). ``Z = sum |x_i z_i|``, where ``z`` is what the code 0 of an integer means: a kernel that sums products of codes and
+  subtracts the zero point afterwards has partial sums of that size though ``w`` is zero;
 * root mean square over an input: ``(u + sqrt(n) v C) (Q + |y|)``, with ``Q**2 = sum (x_i w_i)**2``. Roundings are as often up
   as down, so that their squares add up. This is the tighter one: a wrong scale or order cannot hide below it.
 
-``C = 16``: a kernel that sums products of codes and subtracts the zero point afterwards has partial sums up to so many times as
-large. Beside them the smallest steps of the dtype, where numbers are near its end.
+``C = 16``: partial sums of codes are up to so many times as large as those of weights. Beside them the smallest steps of the
+dtype, where numbers are near its end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -63,15 +65,23 @@ def examine(kernel: LinearKernel, weight: QuantWeight, bias: Tensor | None) -> I
     A result that is NaN, of another shape or of another dtype than the inputs is infinitely far.
     """
     dense = dequantize(weight)
+    offsets = _offsets(weight)
     prepared = kernel.prepare(weight)
     for dtype in DTYPES:
         b = None if bias is None else bias.to(dtype)
         inputs = _inputs(dense, dtype)
-        truths = _truth(torch.cat(list(inputs.values())), weight, dense, b).split([len(x) for x in inputs.values()])
+        truths = _truth(torch.cat(list(inputs.values())), weight, dense, offsets, b).split(
+            [len(x) for x in inputs.values()]
+        )
         for (name, x), truth in zip(inputs.items(), truths, strict=True):
             for rows in ROWS if name == "random" else EXTREME_ROWS:
                 y = kernel.apply(x[:rows], prepared, b)
                 yield Reach(dtype, name, rows, *_shares(y, dtype, truth, rows))
+
+
+def _offsets(weight: QuantWeight) -> Tensor | None:
+    """``|z| [out, in]``, what the code 0 means; ``None`` for floats, which have no zero point."""
+    return dequantize(replace(weight, q=torch.zeros_like(weight.q))).abs() if weight.scheme.kind.is_integer else None
 
 
 def _inputs(dense: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -96,23 +106,24 @@ def _inputs(dense: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _Truth:
-    """``y``, ``S`` and ``Q`` as the module's docstring has them, ``floor`` the share of the smallest numbers, all
+    """``y``, ``S``, ``Z`` and ``Q`` as the module's docstring has them, ``floor`` the share of the smallest numbers, all
     ``[rows, out]``; ``count`` inputs."""
 
     y: Tensor
     total: Tensor
+    shifted: Tensor
     spread: Tensor
     floor: Tensor
     count: int
 
     def split(self, sizes: list[int]) -> Iterator[_Truth]:
         """So many rows each, in their order."""
-        for parts in zip(*(t.split(sizes) for t in (self.y, self.total, self.spread, self.floor)), strict=True):
-            y, total, spread, floor = parts
-            yield _Truth(y, total, spread, floor, self.count)
+        whole = (self.y, self.total, self.shifted, self.spread, self.floor)
+        for y, total, shifted, spread, floor in zip(*(tensor.split(sizes) for tensor in whole), strict=True):
+            yield _Truth(y, total, shifted, spread, floor, self.count)
 
 
-def _truth(x: Tensor, weight: QuantWeight, dense: Tensor, bias: Tensor | None) -> _Truth:
+def _truth(x: Tensor, weight: QuantWeight, dense: Tensor, offsets: Tensor | None, bias: Tensor | None) -> _Truth:
     smallest = torch.finfo(x.dtype).smallest_normal * torch.finfo(x.dtype).eps
     activation = weight.scheme.activation
     if activation is not None:
@@ -125,10 +136,11 @@ def _truth(x: Tensor, weight: QuantWeight, dense: Tensor, bias: Tensor | None) -
         parts.append((x @ w.double().T, unit.abs() @ w.abs().T, unit.square() @ w.square().T))
     y, total, squares = (torch.cat(part, 1) for part in zip(*parts, strict=True))
     total, spread = total.double() * size, squares.sqrt().double() * size
+    shifted = torch.zeros_like(total) if offsets is None else (unit.abs() @ offsets.T).double() * size
     if bias is not None:
         y, total = y + bias.double(), total + bias.double().abs()
     floor = smallest * (2 + x.abs().sum(-1, keepdim=True))
-    return _Truth(y, total, spread, floor, dense.shape[1])
+    return _Truth(y, total, shifted, spread, floor, dense.shape[1])
 
 
 def _shares(y: Tensor, dtype: torch.dtype, truth: _Truth, rows: int) -> tuple[float, float]:
@@ -139,6 +151,7 @@ def _shares(y: Tensor, dtype: torch.dtype, truth: _Truth, rows: int) -> tuple[fl
     u, n = torch.finfo(dtype).eps / 2, truth.count
     error, floor = (y.double() - exact).abs(), truth.floor[:rows]
     worst = (2 * u + n * FLOAT32_ROUNDOFF * CANCELLING) * total + u * exact.abs() + floor
+    worst += 2 * n * FLOAT32_ROUNDOFF * truth.shifted[:rows]
     likely = (u + n**0.5 * FLOAT32_ROUNDOFF * CANCELLING) * (truth.spread[:rows] + exact.abs()) + floor
     return (error / worst).max().item(), (error.square().mean() / likely.square().mean()).sqrt().item()
 

@@ -67,8 +67,7 @@ class StoredWeights:
         assert module.scheme is not None
         tensors = {local: self.tensor(self.source(f"{module.name}.{local}")) for local in module.stored}
         if self.plan.on_load:  # as loading hands it over
-            weight = tensors["weight"].to(self.plan.dtype)
-            tensors["weight"] = weight.t() if module.transposed else weight
+            tensors["weight"] = module.oriented(tensors["weight"].to(self.plan.dtype))
         try:
             return self.plan.method.repack(tensors, module.scheme, module.shape)
         except QuantError as error:

@@ -27,8 +27,9 @@ from runtime.checkpoint import Checkpoint
 from runtime.cli import build_parser
 from runtime.errors import LoadError
 from runtime.loader import load
-from runtime.plan import make_plan
+from runtime.plan import WORKING_BYTES, make_plan
 from runtime.report import load_report
+from runtime.verify import verify
 from tests.tiny_models import tiny_model
 
 WAYS: list[tuple[str, dict[str, Any]]] = [
@@ -47,9 +48,9 @@ IDS = torch.tensor([[5, 17, 40, 3, 88, 21, 9, 60]])
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Dense checkpoints: untied, tied, ``Conv1D`` and with experts."""
+    """Dense checkpoints: untied, tied, ``Conv1D``, and with experts stored one by one and in stacks."""
     found = {}
-    for name in ("llama", "llama-tied-rope3", "gpt2", "mixtral"):
+    for name in ("llama", "llama-tied-rope3", "gpt2", "mixtral", "qwen3_moe", "gpt_oss"):
         found[name] = tmp_path_factory.mktemp("dense") / name
         tiny_model(name).save_pretrained(found[name], max_shard_size="40KB")
     return found
@@ -60,14 +61,23 @@ def by_hand(folder: Path, name: str, options: dict[str, Any], *, head: bool = Fa
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     method = onload.create(name, options, {}, torch.float32)
     assert method is not None
-    for path, module in model.named_modules():
-        transposed = isinstance(module, Conv1D)
-        if not (isinstance(module, nn.Linear) or transposed) or (path == "lm_head" and not head):
-            continue
-        weight = module.weight.detach().t() if transposed else module.weight.detach()
+
+    def rounded(weight: Tensor) -> Tensor:
         shape = LinearShape(weight.shape[1], weight.shape[0])
-        exact = dequantize(method.quantize(weight, method.scheme(shape), shape))
-        module.weight = nn.Parameter(exact.t() if transposed else exact)
+        return dequantize(method.quantize(weight, method.scheme(shape), shape))
+
+    for path, module in model.named_modules():
+        if isinstance(module, Conv1D):
+            module.weight = nn.Parameter(rounded(module.weight.detach().t()).t())
+        elif isinstance(module, nn.Linear) and (path != "lm_head" or head):
+            module.weight = nn.Parameter(rounded(module.weight.detach()))
+        elif path.endswith(".experts"):
+            # Matrices of their own in the file, gate and up too, but gpt-oss'.
+            for parameter, matrices in (("gate_up_proj", 1 if module.is_transposed else 2), ("down_proj", 1)):
+                stack = getattr(module, parameter).detach()
+                stack = stack.transpose(1, 2) if module.is_transposed else stack
+                exact = torch.stack([torch.cat([rounded(part) for part in expert.chunk(matrices)]) for expert in stack])
+                setattr(module, parameter, nn.Parameter(exact.transpose(1, 2) if module.is_transposed else exact))
     return model.eval()
 
 
@@ -76,7 +86,17 @@ def logits(model: nn.Module) -> Tensor:
         return model(IDS).logits
 
 
-@pytest.mark.parametrize("model", ["llama", "gpt2"])
+LAYERS = {
+    "llama": 21,
+    "gpt2": 12,
+    "mixtral": 3 * (4 + 4 * 3),
+    "qwen3_moe": 3 * 4 + 3 + 2 * 4 * 3,
+    "gpt_oss": 3 * (4 + 4 * 2),
+}
+"""Quantized ones. Experts by their matrices: ``w1``, ``w2`` and ``w3``; of gpt-oss gate and up are one."""
+
+
+@pytest.mark.parametrize("model", LAYERS)
 @pytest.mark.parametrize(("name", "options"), WAYS)
 def test_the_model_is_the_dense_one_with_its_weights_rounded(
     folders: dict[str, Path], model: str, name: str, options: dict[str, Any]
@@ -85,7 +105,7 @@ def test_the_model_is_the_dense_one_with_its_weights_rounded(
         folders[model], dtype="float32", quantization=name, quantization_config=options, weight_only=True
     )
     layers = [module for module in found.modules() if isinstance(module, QuantLinear)]
-    assert len(layers) == (21 if model == "llama" else 12)
+    assert len(layers) == LAYERS[model]
     assert all(layer.quant_weight is not None for layer in layers)
     torch.testing.assert_close(logits(found), logits(by_hand(folders[model], name, options)), rtol=1e-4, atol=1e-4)
 
@@ -118,12 +138,23 @@ def test_the_head_is_dense_unless_asked_for(folders: dict[str, Path], model: str
         torch.testing.assert_close(logits(found), logits(expected), rtol=1e-4, atol=1e-4)
 
 
-def test_stacked_experts_stay_dense_and_the_report_says_so(folders: dict[str, Path]) -> None:
-    found = inspect(folders["mixtral"], quantization="int8")
-    assert "6 stacked expert weights stay dense" in str(found)
-    assert found.plan.weight_bytes > found.plan.bf16_bytes
-    model = load_model(folders["mixtral"], dtype="float32", quantization="int8")
-    torch.testing.assert_close(logits(model), logits(by_hand(folders["mixtral"], "int8", {})), rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("model", ["mixtral", "gpt_oss"])
+def test_verify_finds_the_same_weights_of_experts(folders: dict[str, Path], model: str) -> None:
+    found = verify(folders[model], quantization="int4", against_transformers=True, tokens=24)
+    assert found.passed, str(found)
+    assert found.comparison
+    assert any(".experts.3." in name for name in found.comparison.linears)
+
+
+def test_experts_in_another_layout_are_refused_by_name(tmp_path: Path) -> None:
+    """Llama 4 weights the tokens first and multiplies all experts at once."""
+    tiny_model("llama4").save_pretrained(tmp_path)
+    for name in ("int4", "bitsandbytes"):
+        with pytest.raises(
+            LoadError, match=r"feed_forward\.experts \(Llama4TextExperts\) .* without --quantization, or"
+        ):
+            inspect(tmp_path, quantization=name)
+    assert inspect(tmp_path).plan.method is None
 
 
 # memory
@@ -180,6 +211,23 @@ def test_the_report_tells_what_was_measured(many_layers: Path) -> None:
     if sys.platform == "linux":
         assert "without pages of files" in report
         assert loaded.peak_growth is not None
+
+
+@pytest.mark.parametrize(("kind", "count"), [("mixtral", 3), ("gpt_oss", 6)])
+def test_the_peak_of_experts(kind: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One matrix of one expert at a time, or one tensor of all of a layer where the file has them so."""
+    monkeypatch.setattr(onload.rounding, "WEIGHTS_AT_ONCE", 64 * 256)
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": count, "num_local_experts": 8}
+    layers = {"layer_types": ["full_attention"] * count} if kind == "gpt_oss" else {}
+    tiny_model(kind, dtype=torch.bfloat16, **sizes, **layers).save_pretrained(tmp_path)
+    plan = make_plan(Checkpoint.open(tmp_path), quantization="int4")
+    largest = 2 * 128 * 128 * (2 * 8 if kind == "gpt_oss" else 1)
+    assert plan.peak_bytes == plan.weight_bytes + largest + WORKING_BYTES
+    with LiveBytes() as memory:
+        load(plan)
+    allowed = plan.weight_bytes * 1.1 + largest + 64 * 256 * 64
+    assert allowed < plan.bf16_bytes * 0.75, "a dense model would pass"
+    assert plan.weight_bytes / 2 < memory.peak < allowed
 
 
 # what cannot be
