@@ -34,7 +34,6 @@ Integers: ``W[o, order[i]] = (q[o, i] - zero[o / block_out, i / block_in]) * sca
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -58,7 +57,7 @@ __all__ = [
     "TensorSpec",
     "UnsupportedCheckpoint",
     "WeightKind",
-    "canonical_bytes",
+    "blank",
     "canonical_specs",
 ]
 
@@ -174,15 +173,26 @@ def canonical_specs(scheme: Scheme, shape: LinearShape) -> dict[str, tuple[int, 
     return layer | {"table": (16,)} | single
 
 
-def canonical_bytes(scheme: Scheme, shape: LinearShape, scale_dtype: torch.dtype) -> int:
-    """Bytes of a canonical weight, without building it."""
-    specs = canonical_specs(scheme, shape)
-    codes, blocks = math.prod(specs["q"]), math.prod(specs["scale"])
-    order = 4 * shape.in_features if scheme.act_order else 0
+def blank(scheme: Scheme, shape: LinearShape, scale_dtype: torch.dtype) -> QuantWeight:
+    """A canonical weight on the meta device: sizes without memory."""
     activation = scheme.activation
-    singles = scheme.global_scale + (activation.needs_scale * (2 - activation.symmetric) if activation else 0)
-    table = 64 if scheme.kind.has_table else 0
-    return codes + blocks * (scale_dtype.itemsize + scheme.zero_point) + order + table + 4 * singles
+    static = activation is not None and activation.static
+    local = activation is not None and activation.needs_scale and not static
+    wanted: dict[str, torch.dtype | None] = {
+        "q": torch.float8_e4m3fn if scheme.kind is WeightKind.FP8 else torch.uint8,
+        "scale": scale_dtype,
+        "zero": torch.uint8 if scheme.zero_point else None,
+        "order": torch.int32 if scheme.act_order else None,
+        "table": torch.float32 if scheme.kind.has_table else None,
+        "global_scale": torch.float32 if scheme.global_scale else None,
+        "input_scale": scale_dtype if static else torch.float32 if local else None,  # as writers do
+        "input_zero": torch.int8 if static and activation and not activation.symmetric else None,
+    }
+    specs = canonical_specs(scheme, shape)
+    tensors: dict[str, Any] = {
+        name: torch.empty(specs[name], dtype=dtype, device="meta") for name, dtype in wanted.items() if dtype
+    }
+    return QuantWeight(scheme, shape, **tensors)
 
 
 class QuantMethod(ABC):
@@ -262,7 +272,8 @@ class LinearKernel(ABC):
         """``None``: it can. A sentence: why not."""
 
     def prepare(self, weight: QuantWeight) -> QuantWeight:
-        """This kernel's own arrangement of a canonical weight; called once, after loading."""
+        """This kernel's own arrangement of a canonical weight; called once, after loading. Before it, called with tensors on
+        the meta device to learn what the arrangement will take: a kernel that cannot do that is taken to keep the size."""
         return weight
 
     @abstractmethod

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quant import kernels
-from quant.base import Activation, LinearShape, NoKernel, QuantError, QuantMethod, Scheme, TensorSpec, canonical_bytes
+from quant.base import Activation, LinearShape, NoKernel, QuantError, QuantMethod, Scheme, TensorSpec, blank
 from quant.embedding import lookup
 from quant.kv_scales import KV_SCALES
 from quant.onload.base import OnLoad
@@ -37,9 +37,9 @@ ABSORBED = "dequantized: latents are kept in place of keys and values, and atten
 @dataclass(frozen=True)
 class ModulePlan:
     """One linear layer. ``choice`` ``None`` means dense, and ``reason`` says why; otherwise ``reason`` tells what the
-    kernel runs and who was asked before it. ``nbytes`` is the weight's size once loaded, ``dropped`` the activation
-    quantization that the checkpoint asks for and that is left out. ``transposed``: a dense weight of it is ``[in, out]``.
-    ``dequantized``: once loaded it is an ``nn.Linear``."""
+    kernel runs and who was asked before it. ``nbytes`` is the weight's size as the kernel holds it, ``packed_bytes`` without
+    what the kernel adds, ``dropped`` the activation quantization that the checkpoint asks for and that is left out.
+    ``transposed``: a dense weight of it is ``[in, out]``. ``dequantized``: once loaded it is an ``nn.Linear``."""
 
     name: str
     shape: LinearShape
@@ -48,6 +48,7 @@ class ModulePlan:
     choice: kernels.Choice | None
     reason: str
     nbytes: int
+    packed_bytes: int
     dropped: Activation | None = None
     transposed: bool = False
     dequantized: bool = False
@@ -120,9 +121,9 @@ class LoadPlan:
 
     @property
     def peak_bytes(self) -> int:
-        """Largest memory during loading: everything as stored and, beside it, the layer that is being repacked, whose
-        codes take a byte each while they change order. Quantized while loading: everything as it is in the end, and one
-        layer."""
+        """Largest memory during loading: every layer as stored or as its kernel holds it, whichever is larger, and, beside
+        them, the layer that is being repacked, whose codes take a byte each while they change order. Quantized while
+        loading: everything as it is in the end, and one layer."""
         largest = max((module.bf16_bytes for module in self.quantized), default=0)
         if self.on_load:
             for stack in self.experts.stacks.values():  # all experts of a layer come at once
@@ -130,9 +131,10 @@ class LoadPlan:
                     largest, sum(self.modules[part.removesuffix(".weight")].bf16_bytes for part in stack.parts)
                 )
             return self.weight_bytes + largest * self.dtype.itemsize // 2 + WORKING_BYTES
-        stored = sum(tensor_bytes(spec) for module in self.quantized for spec in module.stored.values())
-        dense = self.weight_bytes - sum(module.nbytes for module in self.quantized)
-        return stored + dense + largest
+        stored = (
+            sum(tensor_bytes(spec) for spec in module.stored.values()) - module.nbytes for module in self.quantized
+        )
+        return self.weight_bytes + sum(more for more in stored if more > 0) + largest
 
     def dequantizing(self, names: Collection[str], reason: str) -> Self:
         """The same, but the linear layers of these names are dense once they are loaded."""
@@ -147,6 +149,7 @@ class LoadPlan:
                 choice=kernels.choose(module.scheme, module.shape, self.device, "reference"),
                 reason=reason,
                 nbytes=module.bf16_bytes * self.dtype.itemsize // 2,
+                packed_bytes=module.bf16_bytes * self.dtype.itemsize // 2,
                 dropped=module.scheme.activation or module.dropped,
                 dequantized=True,
             )
@@ -265,9 +268,11 @@ def _plan_linears(
         remarks = [remark] if isinstance(method, OnLoad) and (remark := method.remark(shape)) else []
         reason = "; ".join([choice.kernel.summary, *remarks, *refusals])
         scale = next((spec.dtype for local, spec in stored.items() if "scale" in local or local == "s"), torch.float32)
-        size = canonical_bytes(scheme, shape, method.scale_dtype if isinstance(method, OnLoad) else scale)
+        scale = method.scale_dtype if isinstance(method, OnLoad) else scale
+        held = kernels.held_bytes(choice.kernel, scheme, shape, scale)
+        packed = blank(scheme, shape, scale).nbytes
         turned = stored_transposed(module) or name in transposed
-        plans[name] = ModulePlan(name, shape, stored, scheme, choice, reason, size, dropped, turned)
+        plans[name] = ModulePlan(name, shape, stored, scheme, choice, reason, held, packed, dropped, turned)
     if method and not any(plan.scheme or plan.stored for plan in plans.values()):
         raise LoadError(
             f"quantization_config says {method.summary}, but no linear layer of {type(model).__name__} is stored so. "
@@ -298,7 +303,8 @@ def _plan_dense(
     for local, expected in stored.items():
         check_stored(f"{name}.{local}", headers.tensors.get(f"{name}.{local}"), expected)
     size = 0 if source else shape.in_features * shape.out_features * dtype.itemsize
-    return ModulePlan(name, shape, stored, None, None, f"shares the weight of {source}" if source else reason, size)
+    reason = f"shares the weight of {source}" if source else reason
+    return ModulePlan(name, shape, stored, None, None, reason, size, size)
 
 
 def _other_bytes(model: nn.Module, modules: Mapping[str, ModulePlan], dtype: torch.dtype) -> int:

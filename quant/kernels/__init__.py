@@ -13,7 +13,7 @@ from importlib import import_module
 import torch
 
 from quant import plugins
-from quant.base import LinearKernel, LinearShape, NoKernel, Scheme
+from quant.base import LinearKernel, LinearShape, NoKernel, Scheme, blank
 from quant.plugins import installed
 
 KERNELS = {
@@ -72,3 +72,13 @@ def choose(scheme: Scheme, shape: LinearShape, device: torch.device, asked: str 
         refusals[name] = refusal
     reasons = "; ".join(f"{name}: {refusal}" for name, refusal in refusals.items())
     raise NoKernel(f"no kernel for {scheme}, {shape}, on {device}. {reasons}")
+
+
+@cache
+def held_bytes(kernel: LinearKernel, scheme: Scheme, shape: LinearShape, scale_dtype: torch.dtype) -> int:
+    """Bytes of a weight as the kernel holds it: codes that it widens, rows and groups that it fills up, counted in."""
+    weight = blank(scheme, shape, scale_dtype)
+    try:
+        return kernel.prepare(weight).nbytes
+    except (NotImplementedError, RuntimeError):  # needs values: a plugin that asks for them
+        return weight.nbytes

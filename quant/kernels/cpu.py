@@ -250,7 +250,10 @@ def _tiled_codes(rows: Tensor, bits: int, code_kind: int, groups: int) -> Tensor
     """``int32 [outputs, words]`` to what ``cpu_linear.c`` reads, ``[tiles, groups, 2, words a group, TILE / 2]``."""
     outputs, width = rows.shape
     tiles = -(-outputs // TILE)
-    codes = _in_huge_pages((tiles, groups, 2, width // groups, TILE // 2))
+    shape = (tiles, groups, 2, width // groups, TILE // 2)
+    if rows.is_meta:
+        return rows.new_empty(shape)
+    codes = _in_huge_pages(shape)
     # Two's complement: the highest bit of every code turned over.
     turned = {NIBBLE_INTEGERS: -0x77777778, BYTE_INTEGERS: -0x7F7F7F80}.get(code_kind, 0)
     for first in range(0, tiles, step := max(1, CACHED_WORDS // (width * TILE))):

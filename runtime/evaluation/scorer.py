@@ -72,7 +72,7 @@ class Scorer:
         """Bits of all linear layers, scales included, by the count of their weights."""
         modules = [module for module in self.plan.modules.values() if module.nbytes]
         weights = sum(module.shape.in_features * module.shape.out_features for module in modules)
-        return 8 * sum(module.nbytes for module in modules) / weights
+        return 8 * sum(module.packed_bytes for module in modules) / weights
 
     @property
     def kernels(self) -> list[str]:

@@ -25,6 +25,7 @@ from runtime.plan import make_plan
 from runtime.verify import verify
 from tests.families import FAMILIES
 from tests.moe_writer import MODELS, SIZES, dense_twin, moe_model, write_moe, write_mxfp4
+from tests.planned import assert_bytes_as_planned
 from tests.tiny_models import VOCABULARY, tiny_model
 
 OSS = {"layer_types": ["sliding_attention", "full_attention"]}
@@ -51,8 +52,10 @@ def assert_same(found: nn.Module, expected: nn.Module) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_format(tmp_path: Path, family: str) -> None:
     folder = written("qwen3_moe", tmp_path, family)
-    model = load_model(folder, dtype="float32", weight_only=True)
+    loaded = load(make_plan(Checkpoint.open(folder), dtype="float32", device="cpu", weight_only=True))
+    model = loaded.model
     assert_same(model, dense_twin(folder))
+    assert_bytes_as_planned(loaded)
     layers = [m for name, m in model.named_modules() if ".experts." in name and isinstance(m, QuantLinear)]
     assert len(layers) == 4 * 3
     assert not any(list(layer.buffers()) for layer in layers), "packed tensors are freed"

@@ -16,6 +16,7 @@ from quant.linear import QuantLinear
 from runtime import LLM, SamplingParams, load_model
 from runtime.checkpoint import locate
 from tests.formats import CASES, Case
+from tests.planned import assert_bytes_as_planned
 from tests.runtime.served import Served
 from tests.runtime.test_engine import dequantized
 from tests.runtime.test_fidelity import divergence, plain_logprobs, recorded
@@ -46,6 +47,7 @@ def test_formats_and_kernels(case: Case, monkeypatch: pytest.MonkeyPatch, report
             startup_check=False,
             **options,
         )
+        assert_bytes_as_planned(llm.engine.loaded)
         layers = (layer for layer in llm.engine.loaded.model.modules() if isinstance(layer, QuantLinear))
         used = "+".join(sorted({layer.kernel.name for layer in layers}))
         with recorded(monkeypatch) as logprobs:

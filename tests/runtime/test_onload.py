@@ -30,6 +30,7 @@ from runtime.loader import load
 from runtime.plan import WORKING_BYTES, make_plan
 from runtime.report import load_report
 from runtime.verify import verify
+from tests.planned import assert_bytes_as_planned
 from tests.tiny_models import tiny_model
 
 WAYS: list[tuple[str, dict[str, Any]]] = [
@@ -298,6 +299,7 @@ def test_the_engine_generates_what_the_model_says(folders: dict[str, Path], name
         folders["llama"], quantization=name, quantization_config=options, dtype="float32", skip_tokenizer_init=True,
         max_total_tokens=256, max_model_len=64, startup_check=False,
     )  # fmt: skip
+    assert_bytes_as_planned(llm.engine.loaded)
     prompt = IDS[0].tolist()
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     found = llm.generate([prompt], params)[0].outputs[0].token_ids

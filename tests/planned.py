@@ -1,0 +1,20 @@
+"""What loading held against what the plan said it would."""
+
+from __future__ import annotations
+
+from quant.linear import QuantLinear
+from runtime.loader import LoadedModel
+
+
+def assert_bytes_as_planned(loaded: LoadedModel) -> None:
+    """To the byte for every quantized layer; less where its values turned out simpler than the headers can tell (an order that
+    is none, zero points that are all in the middle)."""
+    layers = {name: layer for name, layer in loaded.model.named_modules() if isinstance(layer, QuantLinear)}
+    assert len(layers) == len(loaded.plan.quantized) > 0
+    for name, layer in layers.items():
+        planned, held = loaded.plan.modules[name], layer.quant_weight
+        assert held is not None
+        if held.scheme == planned.scheme:
+            assert planned.nbytes == held.nbytes, f"{name}: {held.scheme} by {layer.kernel.name}"
+        else:
+            assert held.nbytes < planned.nbytes, f"{name}: {held.scheme}, not {planned.scheme}"
