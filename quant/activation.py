@@ -2,8 +2,8 @@
 
 In the dtype of ``x``, as compressed-tensors does it: a scale that is rounded to bfloat16 moves codes. LLM.int8 alone is
 computed in float32, as bitsandbytes does. Each token by itself, so that an answer does not depend on what else is in
-the batch. Where a writer takes one dynamic scale for a whole batch (compressed-tensors' dynamic ``tensor``, and the
-columns that LLM.int8 leaves alone), a token is computed as that writer computes it alone.
+the batch; of LLM.int8's columns that are left alone, those of the token. compressed-tensors' dynamic ``tensor`` is one scale
+for everything that is multiplied together, and computed so.
 
 Sources: compressed-tensors 0.20.0 (``quantization/utils/helpers.py`` ``calculate_qparams``, ``mxfp_utils.py``,
 ``lifecycle/forward_helpers.py`` ``_quantize_dequantize``), bitsandbytes 0.50.2 (``backends/default/ops.py``
@@ -11,6 +11,8 @@ Sources: compressed-tensors 0.20.0 (``quantization/utils/helpers.py`` ``calculat
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,6 +29,9 @@ def quantize_dequantize(x: Tensor, how: Activation, scale: Tensor | None, zero: 
     """``x [.., in]`` after quantization and back. ``scale`` and ``zero`` are the stored ones, if any."""
     if how.threshold is not None:
         return _llm_int8(x.to(torch.float32), how.threshold)
+    if how.whole and x.numel():
+        alone = replace(how, whole=False)
+        return quantize_dequantize(x.reshape(1, -1), alone, scale, zero).view(x.shape)
     inputs = x.shape[-1]
     group = min(how.group or inputs, inputs)
     grouped = F.pad(x, (0, -inputs % group)).unflatten(-1, (-1, group))

@@ -252,6 +252,12 @@ class QuantMethod(ABC):
         """The canonical weight; does not modify its input. ``scheme`` may be without the activation quantization that
         :meth:`scheme_for` found (weight only); the weight then is as well."""
 
+    @property
+    def quantizes_layers(self) -> bool:
+        """Whether a file in which no layer is stored quantized contradicts the configuration; false where that is about keys
+        and values alone."""
+        return True
+
     def unmatched(self, layers: Iterable[str]) -> list[str]:
         """Entries of the configuration, after the field that holds them, that name none of these modules."""
         return []

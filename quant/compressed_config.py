@@ -27,34 +27,46 @@ KEYS_OR_VALUES = r"[kv](_proj|\b)|qkv"
 """In targets: layers whose outputs go to the KV cache."""
 
 FLOATS = {8: WeightKind.FP8, 4: WeightKind.E2M1}
-INT8_TOKEN = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
+Args = dict[str, Any]
+TOKEN = {"type": "int", "strategy": "token", "dynamic": True}
+INT8_TOKEN = TOKEN | {"num_bits": 8}
 FP8_TOKEN = INT8_TOKEN | {"type": "float"}
+FP8_GROUP = FP8_TOKEN | {"strategy": "group", "group_size": 128}
+CHANNEL = {"num_bits": 8, "strategy": "channel"}
+FP8_TENSOR = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+FP8_BLOCK = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]}
 NVFP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
 MX = {"type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
-PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
-    "W8A16": ({"num_bits": 8, "strategy": "channel"}, None),
-    "W4A16": ({"num_bits": 4, "group_size": 128}, None),
-    "W4A16_ASYM": ({"num_bits": 4, "group_size": 128, "symmetric": False}, None),
-    "W8A8": ({"num_bits": 8, "strategy": "channel"}, INT8_TOKEN),
-    "INT8": ({"num_bits": 8, "strategy": "channel"}, INT8_TOKEN),
-    "W4A8": ({"num_bits": 4, "group_size": 128}, INT8_TOKEN),
-    "FP8": (
-        {"num_bits": 8, "type": "float", "strategy": "tensor"},
-        {"num_bits": 8, "type": "float", "strategy": "tensor"},
-    ),
-    "FP8_DYNAMIC": ({"num_bits": 8, "type": "float", "strategy": "channel"}, FP8_TOKEN),
-    "FP8_BLOCK": (
-        {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]},
-        FP8_TOKEN | {"strategy": "group", "group_size": 128},
-    ),
+MXFP4, MXFP6, MXFP8 = ({"num_bits": bits} | MX for bits in (4, 6, 8))
+
+
+def _groups(bits: int) -> Args:
+    return {"num_bits": bits, "group_size": 128}
+
+
+PRESETS: dict[str, tuple[Args | None, Args | None]] = {
+    "UNQUANTIZED": (None, None),
+    **{f"W{bits}A16": (_groups(bits), None) for bits in range(2, 9)},
+    **{f"W{bits}A8": (_groups(bits), INT8_TOKEN) for bits in range(2, 8)},
+    **{f"W{bits}A4": (_groups(bits), TOKEN | {"num_bits": 4}) for bits in (2, 3, 4)},
+    "W4A16_ASYM": (_groups(4) | {"symmetric": False}, None),
+    "W4AFP8": (_groups(4), FP8_TOKEN),
+    "W8A8": (CHANNEL, INT8_TOKEN),
+    "INT8": (CHANNEL, INT8_TOKEN),
+    "FP8": (FP8_TENSOR, FP8_TENSOR),
+    "FP8_DYNAMIC": (CHANNEL | {"type": "float"}, FP8_TOKEN),
+    "FP8_BLOCK": (FP8_BLOCK, FP8_GROUP),
     "NVFP4A16": (NVFP4, None),
     "NVFP4": (NVFP4, NVFP4 | {"dynamic": "local"}),
-    "MXFP4A16": (MX | {"num_bits": 4}, None),
-    "MXFP4": (MX | {"num_bits": 4}, MX | {"num_bits": 4, "dynamic": True}),
-    "MXFP8A16": (MX | {"num_bits": 8}, None),
-    "MXFP8": (MX | {"num_bits": 8}, MX | {"num_bits": 8, "dynamic": True}),
+    "MXFP4A16": (MXFP4, None),
+    "MXFP4": (MXFP4, MXFP4 | {"dynamic": True}),
+    "MXFP4XFP8": (MXFP4, FP8_GROUP),
+    "MXFP6A16": (MXFP6, None),
+    "MXFP6A8": (MXFP6, MXFP8 | {"dynamic": True}),
+    "MXFP8A16": (MXFP8, None),
+    "MXFP8": (MXFP8, MXFP8 | {"dynamic": True}),
 }
-"""Schemes by name: ``{"FP8_DYNAMIC": ["Linear"]}``."""
+"""Schemes by name, ``{"FP8_DYNAMIC": ["Linear"]}``: weights and inputs. Floats of six bits are refused, as if written out."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +120,8 @@ class CompressedConfig:
                 raise _unknown_format(own, f"config_groups: {name}: format")
             if all(target.endswith("Attention") for target in targets):
                 continue  # quantizes keys and values, or nothing
+            if not any(scheme.get(part) for part in ("weights", "input_activations", "output_activations")):
+                continue  # leaves its layers dense, as their tensors will say
             if scheme.get("weights") is None:
                 raise UnsupportedCheckpoint(
                     f"quantization_config: config_groups: {name} quantizes inputs of layers whose weights it leaves dense; "
@@ -231,7 +245,7 @@ def _inputs(group: str, args: Mapping[str, Any]) -> Activation:
     if strategy == "tensor" and dynamic is False:
         return Activation(kind, static=True, symmetric=symmetric)
     if strategy in ("token", "tensor") and dynamic is True:
-        return Activation(kind, symmetric=symmetric)
+        return Activation(kind, symmetric=symmetric, whole=strategy == "tensor")
     if strategy in ("group", "tensor_group") and isinstance(size, int) and size > 0 and dynamic is not False:
         powers = not kind.is_integer and size == 32 and "uint8" in str(args.get("scale_dtype"))
         rule = ScaleRule.LOCAL if dynamic == "local" else ScaleRule.POWER if powers else ScaleRule.FLOAT

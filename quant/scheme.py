@@ -53,7 +53,8 @@ class ScaleRule(Enum):
 class Activation:
     """How a layer's inputs are quantized when the model runs.
 
-    ``group``: inputs of a token that share a scale, ``None`` is all of them. ``static``: one scale for everything, stored
+    ``group``: inputs of a token that share a scale, ``None`` is all of them; with ``whole``, all of all tokens that are
+    multiplied together. ``static``: one scale for everything, stored
     (``QuantWeight.input_scale``). ``clamp``: magnitudes above it do not raise the scale. ``threshold``: LLM.int8, inputs of
     this magnitude and above are not quantized; 0 is none.
     """
@@ -65,6 +66,7 @@ class Activation:
     rule: ScaleRule = ScaleRule.FLOAT
     clamp: float | None = None
     threshold: float | None = None
+    whole: bool = False
 
     @property
     def needs_scale(self) -> bool:
@@ -73,6 +75,7 @@ class Activation:
 
     def __str__(self) -> str:
         where = "static" if self.static else f"per {self.group} inputs" if self.group else "per token"
+        where = "per batch" if self.whole else where
         rule = "" if self.rule is ScaleRule.FLOAT else f", scale {self.rule.value}"
         outliers = f", outliers from {self.threshold:g} exact" if self.threshold else ""
         return f"{self.kind.value} {where}{rule}{outliers}" + ("" if self.symmetric else " asymmetric")

@@ -217,10 +217,11 @@ def make_plan(
     stored = {name.rpartition(".")[0] for name in (*headers.tensors, *checkpoint.tensors)}
     names = {name for name, _ in model.named_modules()} | stored
     unmatched = tuple(method.unmatched(names - {""})) if method else ()
+    remarks = _remarks(modules)
     kv_scales = {name: headers.sources[name] for name in account.ignored if KV_SCALES.search(name)}
     return LoadPlan(
         checkpoint, config, precision, note, place, trust_remote_code, method, experts, modules, other, account, unmatched,
-        kv_scales=kv_scales,
+        remarks, kv_scales,
     )  # fmt: skip
 
 
@@ -273,7 +274,7 @@ def _plan_linears(
         packed = blank(scheme, shape, scale).nbytes
         turned = stored_transposed(module) or name in transposed
         plans[name] = ModulePlan(name, shape, stored, scheme, choice, reason, held, packed, dropped, turned)
-    if method and not any(plan.scheme or plan.stored for plan in plans.values()):
+    if method and method.quantizes_layers and not any(plan.scheme or plan.stored for plan in plans.values()):
         raise LoadError(
             f"quantization_config says {method.summary}, but no linear layer of {type(model).__name__} is stored so. "
             "The checkpoint is dense or damaged: remove quantization_config to load it as it is."
@@ -315,4 +316,16 @@ def _other_bytes(model: nn.Module, modules: Mapping[str, ModulePlan], dtype: tor
         tensor.numel() * (dtype if tensor.is_floating_point() else tensor.dtype).itemsize
         for name, tensor in model.state_dict().items()
         if name not in linears and name not in tied
+    )
+
+
+def _remarks(modules: Mapping[str, ModulePlan]) -> tuple[str, ...]:
+    schemes = [module.scheme for module in modules.values()]
+    count = sum(scheme is not None and scheme.activation is not None and scheme.activation.whole for scheme in schemes)
+    if not count:
+        return ()
+    return (
+        f"{count} linear layers quantize their inputs under one scale for all tokens that are computed together, as the "
+        "checkpoint says (dynamic, strategy tensor): an answer may depend on what is in its batch; --weight-only leaves "
+        "inputs alone",
     )

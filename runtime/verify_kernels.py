@@ -67,6 +67,7 @@ def examine(kernel: LinearKernel, weight: QuantWeight, bias: Tensor | None) -> I
     dense = dequantize(weight)
     offsets = _offsets(weight)
     prepared = kernel.prepare(weight)
+    whole = weight.scheme.activation is not None and weight.scheme.activation.whole  # rows are no longer by themselves
     for dtype in DTYPES:
         b = None if bias is None else bias.to(dtype)
         inputs = _inputs(dense, dtype)
@@ -76,7 +77,8 @@ def examine(kernel: LinearKernel, weight: QuantWeight, bias: Tensor | None) -> I
         for (name, x), truth in zip(inputs.items(), truths, strict=True):
             for rows in ROWS if name == "random" else EXTREME_ROWS:
                 y = kernel.apply(x[:rows], prepared, b)
-                yield Reach(dtype, name, rows, *_shares(y, dtype, truth, rows))
+                together = _truth(x[:rows], weight, dense, offsets, b) if whole else truth
+                yield Reach(dtype, name, rows, *_shares(y, dtype, together, rows))
 
 
 def _offsets(weight: QuantWeight) -> Tensor | None:

@@ -73,8 +73,14 @@ class CompressedTensors(QuantMethod):
 
     @property
     def summary(self) -> str:
+        if not self.quantizes_layers:
+            return f"{self.name}, no weights, at most keys and values"
         kinds = dict.fromkeys(group.weights.kind.value for group in self.config.groups)
         return f"{self.name} {self.config.format}, {' and '.join(kinds)} weights"
+
+    @property
+    def quantizes_layers(self) -> bool:
+        return bool(self.config.groups)
 
     def scheme_for(self, layer: str, shape: LinearShape) -> Scheme | None:
         codes = self._codes(layer)

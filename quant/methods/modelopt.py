@@ -7,6 +7,7 @@
 ``NVFP4``, ``W4A16_NVFP4``                ``weight`` bytes of two E2M1, low nibble first; ``weight_scale`` e4m3, one a 16
                                           inputs, times ``weight_scale_2``; inputs alike under ``input_scale``, if stored
 ``MIXED_PRECISION``                       ``quantized_layers``: one of these for each layer
+null                                      weights as they are; ``kv_cache_quant_algo`` is for keys and values alone
 ========================================  ============================================================================
 
 Which one a layer is stored in is told by its tensors and checked against the configuration. Algorithms with a
@@ -38,13 +39,14 @@ from quant.base import (
     canonical_specs,
 )
 from quant.float8 import SCALE_DTYPES, canonical_scale, is_float8, single
-from quant.kv_scales import kv_scale_reason
+from quant.kv_scales import kv_cache_asked, kv_scale_reason
 from quant.methods.selection import method_of
 from quant.methods.skip_list import SkipList
 from quant.scheme import ScaleRule
 
 TENSOR, CHANNEL, BLOCKS, MIXED = "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "MIXED_PRECISION"
 NVFP4 = "NVFP4"
+NONE = "none"
 ALGORITHMS = {
     **{name: name for name in (TENSOR, CHANNEL, BLOCKS, NVFP4, MIXED)},
     "FP8_BLOCK_SCALES": BLOCKS,
@@ -78,11 +80,17 @@ class ModelOpt(QuantMethod):
             for layer, entry in (entries.get("quantized_layers") or {}).items()
         }
         skipped = SkipList.of(entries, SKIP_LISTS, matching.modelopt)
-        return cls(_algorithm(entries.get("quant_algo"), "quant_algo"), layers, skipped, headers)
+        cache_alone = not entries.get("quant_algo") and not layers and kv_cache_asked(config)
+        algorithm = NONE if cache_alone else _algorithm(entries.get("quant_algo"), "quant_algo")
+        return cls(algorithm, layers, skipped, headers)
 
     @property
     def summary(self) -> str:
-        return f"modelopt {self.algorithm}"
+        return f"modelopt {self.algorithm}" if self.quantizes_layers else "modelopt, keys and values alone"
+
+    @property
+    def quantizes_layers(self) -> bool:
+        return self.algorithm != NONE
 
     def scheme_for(self, layer: str, shape: LinearShape) -> Scheme | None:
         if is_float8(self.headers, f"{layer}.weight"):
@@ -119,6 +127,8 @@ class ModelOpt(QuantMethod):
         )
 
     def dense_reason(self, layer: str) -> str:
+        if not self.quantizes_layers:
+            return "quant_algo is null"
         return self.skipped.naming(layer) or "stored dense: its weight is neither FP8 nor NVFP4"
 
     def unmatched(self, layers: Iterable[str]) -> list[str]:

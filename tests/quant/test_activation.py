@@ -103,6 +103,14 @@ def test_a_token_does_not_depend_on_the_others(how: Activation) -> None:
     assert torch.equal(rounded(x, how), alone)
 
 
+def test_one_scale_for_all_tokens_together() -> None:
+    x = torch.tensor([[[127.0, 1.2], [63.4, 0.3]]])
+    step = 127 / 127.5
+    torch.testing.assert_close(rounded(x, Activation(INT8, whole=True)) / step, torch.tensor([[[127.0, 1], [64, 0]]]))
+    assert rounded(x, Activation(INT8))[0, 1, 1] != 0
+    assert rounded(x[:, :0], Activation(INT8, whole=True)).shape == (1, 0, 2)
+
+
 def test_the_reference_executes_it() -> None:
     shape, how = LinearShape(32, 8), Activation(INT8)
     scheme = Scheme(WeightKind.INT4, (1, 32), activation=how)

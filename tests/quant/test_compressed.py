@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quant.base import BadCheckpoint, LinearShape, TensorSpec, UnsupportedCheckpoint, WeightKind
-from quant.compressed_config import PRESETS, CompressedConfig
+from quant.base import Activation, BadCheckpoint, LinearShape, TensorSpec, UnsupportedCheckpoint, WeightKind
+from quant.compressed_config import CompressedConfig
 from quant.matching import compressed_rank
 from quant.methods.compressed import CompressedTensors
 from quant.packing import unpack_bitmask, unpack_stream
@@ -149,12 +149,18 @@ def test_targets_match_by_name_expression_and_class_the_closest_first() -> None:
         compressed_rank("re:*", layer)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_schemes_by_name(preset: str) -> None:
-    settings = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {preset: ["Linear"]}}
-    group = make(settings, {}).config.groups[0]
-    assert group.weights.kind in (WeightKind.INT8, WeightKind.INT4, WeightKind.FP8, WeightKind.E2M1)
-    assert (group.inputs is None) == (preset.endswith("A16") or "A16" in preset)
+def test_schemes_by_name() -> None:
+    """Which ones there are is compared with the library."""
+    groups = CompressedConfig.read({"config_groups": {"FP8_DYNAMIC": ["re:.*mlp"], "w4afp8": ["Linear"]}}).groups
+    assert [group.weights.kind for group in groups] == [WeightKind.FP8, WeightKind.INT4]
+    assert [group.inputs for group in groups] == [Activation(WeightKind.FP8)] * 2
+    assert groups[0].targets == ("re:.*mlp",)
+
+
+def test_a_group_of_nothing_leaves_its_layers_dense() -> None:
+    settings = {"quant_method": "compressed-tensors", "config_groups": {"UNQUANTIZED": ["Linear"]}}
+    assert make(settings, {}).scheme_for("a", SHAPE) is None
+    assert not make(settings, {}).quantizes_layers
 
 
 def test_old_files_keep_their_configuration_elsewhere() -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from quant.activation import quantize_dequantize
-from quant.base import LinearShape
+from quant.base import LinearShape, UnsupportedCheckpoint
+from quant.compressed_config import CompressedConfig
 from quant.methods.compressed import CompressedTensors
 from quant.reference import dequantize
 from tests.quant.checkpoints import headers_of, read
@@ -19,6 +20,7 @@ pytest.importorskip("compressed_tensors")
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from compressed_tensors.quantization.utils import calculate_qparams, compute_dynamic_scales_and_zp
 
 NVFP4 = {
@@ -109,6 +111,19 @@ def test_one_number_an_element_and_packed_floats(fmt: str, weights: dict[str, An
     torch.testing.assert_close(dequantize(read(method, tensors, "a", shape)), values, rtol=exact, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", PRESET_SCHEMES)
+def test_schemes_by_name_are_those_of_the_library(name: str) -> None:
+    """Each is read as it is when it is written out, or refused by name."""
+    scheme = QuantizationScheme(targets=["Linear"], **PRESET_SCHEMES[name]).model_dump(mode="json")
+    if name.startswith("MXFP6"):
+        with pytest.raises(UnsupportedCheckpoint, match=f"{name}: weights of type 'float' with 6 bits"):
+            CompressedConfig.read({"config_groups": {name: ["Linear"]}})
+        return
+    by_name, written_out = (CompressedConfig.read({"config_groups": {name: entry}}) for entry in (["Linear"], scheme))
+    assert by_name == written_out
+    assert len(by_name.groups) == (name != "UNQUANTIZED")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "args",
@@ -118,6 +133,8 @@ def test_one_number_an_element_and_packed_floats(fmt: str, weights: dict[str, An
         {"num_bits": 4, "strategy": "token", "dynamic": True},
         {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True},
         {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32, "dynamic": True},
+        {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": True},
+        {"num_bits": 8, "strategy": "tensor", "dynamic": True, "symmetric": False},
         {"num_bits": 8, "type": "float", "strategy": "tensor"},
         {"num_bits": 8, "strategy": "tensor", "symmetric": False},
         MX | {"num_bits": 4, "dynamic": True},

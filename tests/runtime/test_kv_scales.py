@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from attention.base import AttentionBatch, AttentionSpec
 from attention.kv_cache import KVCache
 from attention.reference import ReferenceBackend
 from quant.kv_scales import KVScale, kv_cache_asked, kv_scale_of
-from runtime import LLM, LoadError, SamplingParams
+from runtime import LLM, LoadError, SamplingParams, inspect, load_model
 from runtime.config import EngineConfig
 from runtime.evaluation.scorer import Scorer
 from tests.formats import CHECKPOINTS
 from tests.quant.test_writers import NOISE, before_export, quantized
 from tests.runtime.test_fidelity import recorded
+from tests.tiny_models import tiny_model
 
 LLMC, MODELOPT = CHECKPOINTS / "llmcompressor--fp8-static-kv", CHECKPOINTS / "modelopt--fp8-kv"
 SCALE = "model.layers.1.self_attn.k_scale"
@@ -193,6 +195,44 @@ def test_another_scheme_than_fp8_leaves_its_scales_out(tmp_path: Path) -> None:
     assert "in bfloat16 (4 scales of the checkpoint are for int8 and left out" in report(folder)
     fp8 = report(folder, kv_cache_dtype="fp8_e4m3")
     assert "(scales per token and head; 4 scales of the checkpoint are for int8 and left out" in fp8
+
+
+CACHE_ONLY = {
+    "modelopt": {"quant_method": "modelopt", "quant_algo": None, "kv_cache_scheme": {"num_bits": 8, "type": "float"}},
+    "modelopt-side-file": {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8", "exclude_modules": []}},
+    "compressed-tensors": {
+        "quant_method": "compressed-tensors",
+        "config_groups": {},
+        "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False},
+    },
+}
+
+
+@pytest.mark.parametrize("writer", CACHE_ONLY)
+def test_checkpoints_that_quantize_nothing_but_keys_and_values(writer: str, tmp_path: Path) -> None:
+    dense = tiny_model("llama")
+    dense.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for layer, part in product(range(3), "kv"):
+        own = f"{part}_scale" if writer == "compressed-tensors" else f"{part}_proj.{part}_scale"
+        tensors[f"model.layers.{layer}.self_attn.{own}"] = torch.tensor(0.05)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    if writer.endswith("side-file"):
+        (tmp_path / "hf_quant_config.json").write_text(json.dumps(CACHE_ONLY[writer]))
+    else:
+        (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": CACHE_ONLY[writer]}))
+    model, ids = load_model(tmp_path, dtype="float32"), torch.arange(5, 25)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(model(ids).logits, dense(ids).logits, rtol=1e-5, atol=1e-5)
+    assert "(as the checkpoint asks, 6 static scales of the checkpoint)" in report(tmp_path, dtype="float32")
+    assert inspect(tmp_path).data()["quantization"] == writer.removesuffix("-side-file")
+    codes = {name: tensor for name, tensor in tensors.items() if name != "model.layers.1.mlp.up_proj.weight"}
+    codes["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].to(torch.float8_e4m3fn)
+    codes["model.layers.1.mlp.up_proj.weight_scale"] = torch.tensor(1.0)
+    save_file(codes, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LoadError, match=r"layers\.1\.mlp\.up_proj.* (says quant_algo: none|no target)"):
+        inspect(tmp_path)
 
 
 def test_evaluation_goes_through_the_cache_that_would_be_served() -> None:
