@@ -7,7 +7,7 @@ loading, or, where a dense weight is quantized, as soon as it came.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -55,15 +55,7 @@ class QuantLinear(nn.Module):
     def finish(self, method: QuantMethod) -> None:
         """Repack the loaded tensors for the kernel and free them. Raises :class:`BadCheckpoint` on values that cannot be."""
         tensors = {local: getattr(self, buffer_name(local)) for local in self._stored}
-        for local, tensor in tensors.items():
-            if local not in method.opaque and tensor.is_floating_point() and (broken := _not_finite(tensor)):
-                raise BadCheckpoint(
-                    f"{self.name}.{local}: {broken} of {tensor.numel()} values are NaN or infinite. The file is damaged."
-                )
-        try:
-            weight = method.repack(tensors, self.scheme, self.shape)
-        except QuantError as error:
-            raise type(error)(f"{self.name}: {error}") from error
+        weight = repack(self.name, method, tensors, self.scheme, self.shape)
         self.scheme = weight.scheme  # may be simpler than planned: no zero points, no order
         if (
             self.bias is not None and not self.bias.is_meta and not self.bias.any()
@@ -96,6 +88,45 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.shape}, {self.scheme}, kernel={self.kernel.name}, bias={self.shape.bias}"
+
+
+def repack(
+    name: str, method: QuantMethod, tensors: Mapping[str, Tensor], scheme: Scheme, shape: LinearShape
+) -> QuantWeight:
+    """The canonical weight of the layer ``name``. Raises :class:`QuantError`, naming it, on values that cannot be."""
+    for local, tensor in tensors.items():
+        if local not in method.opaque and tensor.is_floating_point() and (broken := _not_finite(tensor)):
+            raise BadCheckpoint(
+                f"{name}.{local}: {broken} of {tensor.numel()} values are NaN or infinite. The file is damaged."
+            )
+    try:
+        return method.repack(tensors, scheme, shape)
+    except QuantError as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+def hold_packed(module: nn.Module, tensors: Mapping[str, TensorSpec]) -> None:
+    """Make room for what is stored instead of the ``weight`` of a module, on the meta device."""
+    del module.weight
+    for local, spec in tensors.items():
+        module.register_buffer(buffer_name(local), torch.empty(spec.shape, dtype=spec.dtype, device="meta"))
+
+
+def dequantize_packed(
+    module: nn.Module,
+    name: str,
+    method: QuantMethod,
+    stored: Iterable[str],
+    scheme: Scheme,
+    shape: LinearShape,
+    dtype: torch.dtype,
+) -> None:
+    """Turn what :func:`hold_packed` made room for, now loaded, into the ``weight`` of the module."""
+    tensors = {local: module.get_buffer(buffer_name(local)) for local in stored}
+    weight = dequantize(repack(name, method, tensors, scheme, shape)).to(dtype)
+    for local in tensors:
+        delattr(module, buffer_name(local))
+    module.weight = nn.Parameter(weight, requires_grad=False)
 
 
 def _not_finite(tensor: Tensor) -> int:

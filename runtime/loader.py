@@ -27,7 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quant.base import QuantError
 from quant.embedding import QuantEmbedding
-from quant.linear import QuantLinear, buffer_name, set_module
+from quant.linear import QuantLinear, buffer_name, dequantize_packed, hold_packed, set_module
 from runtime.checkpoint import Checkpoint
 from runtime.errors import LoadError, some
 from runtime.peak import measure_peak, peak_rss
@@ -89,19 +89,37 @@ class PlannedQuantizer(HfQuantizer):
                 if not [*parent.parameters(recurse=False), *parent.buffers(recurse=False)]:
                     parent._is_hf_initialized = True
 
+        for module in plan.unpacked:
+            owner = model.get_submodule(module.name)
+            hold_packed(owner, module.stored)
+            owner._is_hf_initialized = True  # it has no weight to be made up
+
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         plan: LoadPlan = self.quantization_config.plan
+        method = plan.method
         if self.streaming and self.streaming.error:
             raise self.streaming.error
         for module in model.modules():
             if isinstance(module, QuantLinear) and module.quant_weight is None:
-                assert plan.method is not None
-                module.finish(plan.method)
+                assert method is not None
+                module.finish(method)
         for planned in plan.quantized:
             if planned.dequantized:
                 layer = model.get_submodule(planned.name)
                 assert isinstance(layer, QuantLinear)
                 set_module(model, planned.name, layer.dense(plan.dtype))
+        for planned in plan.unpacked:
+            assert method is not None
+            assert planned.packed is not None
+            dequantize_packed(
+                model.get_submodule(planned.name),
+                planned.name,
+                method,
+                planned.stored,
+                planned.packed,
+                planned.shape,
+                plan.dtype,
+            )
         return model
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
@@ -123,7 +141,8 @@ class PlannedQuantizer(HfQuantizer):
 
     def get_weight_conversions(self) -> list[Any]:
         """Stored names that no buffer can have."""
-        stored = {local for module in self.quantization_config.plan.quantized for local in module.stored}
+        plan: LoadPlan = self.quantization_config.plan
+        stored = {local for module in (*plan.quantized, *plan.unpacked) for local in module.stored}
         dotted = sorted(local for local in stored if buffer_name(local) != local)
         return [WeightRenaming(rf"\.{re.escape(local)}$", f".{buffer_name(local)}") for local in dotted]
 

@@ -24,7 +24,7 @@ from runtime.checkpoint import Checkpoint, tensor_bytes
 from runtime.errors import LoadError, some
 from runtime.expert_plan import ExpertPlan, plan_experts
 from runtime.naming import Headers, rename_headers
-from runtime.quantization import linear_shape, refuse_shared, resolve_method, stored_transposed
+from runtime.quantization import linear_shape, matrix_shape, refuse_shared, resolve_method, stored_transposed
 from runtime.skeleton import build_meta_model, read_model_config, resolve_device, resolve_dtype
 
 WORKING_BYTES = 32 << 20
@@ -39,7 +39,8 @@ class ModulePlan:
     """One linear layer. ``choice`` ``None`` means dense, and ``reason`` says why; otherwise ``reason`` tells what the
     kernel runs and who was asked before it. ``nbytes`` is the weight's size as the kernel holds it, ``packed_bytes`` without
     what the kernel adds, ``dropped`` the activation quantization that the checkpoint asks for and that is left out.
-    ``transposed``: a dense weight of it is ``[in, out]``. ``dequantized``: once loaded it is an ``nn.Linear``."""
+    ``transposed``: a dense weight of it is ``[in, out]``. ``dequantized``: once loaded it is an ``nn.Linear``. ``packed``: how
+    the weight of a module that is no linear layer is stored; it becomes dense."""
 
     name: str
     shape: LinearShape
@@ -52,6 +53,7 @@ class ModulePlan:
     dropped: Activation | None = None
     transposed: bool = False
     dequantized: bool = False
+    packed: Scheme | None = None
 
     @property
     def bf16_bytes(self) -> int:
@@ -101,7 +103,13 @@ class LoadPlan:
     @property
     def sparse(self) -> list[ModulePlan]:
         """Dense layers that are stored without their zeros."""
-        return [module for module in self.modules.values() if module.stored and module.scheme is None]
+        dense = (module for module in self.modules.values() if module.scheme is None and module.packed is None)
+        return [module for module in dense if module.stored]
+
+    @property
+    def unpacked(self) -> list[ModulePlan]:
+        """Modules that are no linear layers and whose weight is stored quantized."""
+        return [module for module in self.modules.values() if module.packed]
 
     @property
     def on_load(self) -> bool:
@@ -241,10 +249,11 @@ def _plan_linears(
     executes = method is None or method.executes_inputs_on is None or device.type in method.executes_inputs_on
     left_alone = not executes if weight_only is None else weight_only
     for name, module in model.named_modules():
-        shape = linear_shape(module)
+        written, shape = headers.written.get(name, name), linear_shape(module)
         if shape is None:
+            if method and (planned := _plan_dequantized(written, name, module, method, headers, dtype)):
+                plans[name] = planned
             continue
-        written = headers.written.get(name, name)
         scheme = method.scheme_for(written, shape) if method else None
         if scheme is None or method is None:
             if not shape.lookup:
@@ -280,6 +289,28 @@ def _plan_linears(
             "The checkpoint is dense or damaged: remove quantization_config to load it as it is."
         )
     return plans
+
+
+def _plan_dequantized(
+    written: str, name: str, module: nn.Module, method: QuantMethod, headers: Headers, dtype: torch.dtype
+) -> ModulePlan | None:
+    """A matrix of a module that is no linear layer, if it is stored quantized: no kernel can take the place of its code."""
+    shape, weight = matrix_shape(module), headers.tensors.get(f"{name}.weight")
+    if shape is None or isinstance(method, OnLoad) or (weight and weight.dtype in DENSE_DTYPES):
+        return None
+    scheme = method.scheme_for(written, shape)
+    if scheme is None:
+        return None
+    stored = method.tensors(written, shape)
+    for local, expected in stored.items():
+        check_stored(f"{name}.{local}", headers.tensors.get(f"{name}.{local}"), expected)
+    kind = replace(scheme, activation=None)
+    reason = f"stored as {kind}, dequantized while loading: {type(module).__name__} is no linear layer"
+    size = shape.in_features * shape.out_features * dtype.itemsize
+    return ModulePlan(
+        name, shape, stored, None, None, reason, size, size, dropped=scheme.activation,
+        packed=kind,
+    )  # fmt: skip
 
 
 def _plan_dense(

@@ -57,6 +57,12 @@ def linear_shape(module: nn.Module) -> LinearShape | None:
     return None
 
 
+def matrix_shape(module: nn.Module) -> LinearShape | None:
+    """The sizes of ``weight [out, in]`` of a module that multiplies by it in a way of its own: the router of a mixture, say."""
+    weight = None if isinstance(module, nn.Embedding) else module._parameters.get("weight")
+    return LinearShape(weight.shape[1], weight.shape[0]) if weight is not None and weight.ndim == 2 else None
+
+
 def stored_transposed(module: nn.Module) -> bool:
     """``Conv1D``: a linear layer whose dense weight is ``[in, out]``. Quantized ones are stored like any other."""
     from transformers.pytorch_utils import Conv1D
