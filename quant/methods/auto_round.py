@@ -31,6 +31,8 @@ ELSEWHERE = {
     "mlx": "its tensors are MLX's, for Apple's GPUs",
     "fake": "its weights are dense and only rounded; remove quantization_config to load them",
 }
+VERSIONS = {"gptq": "packing_format: auto_round:auto_gptq", "gptq_v2": "packing_format: auto_round:gptqmodel"}
+"""Of GPTQ."""
 RUNTIMES = ("", "exllamav2", "triton", "tritonv2", "torch", "marlin", "exllama")
 """What old files append to ``auto_round``: how to multiply, the tensors are the same."""
 FLOATS = ("mx_fp", "nv_fp")
@@ -65,8 +67,8 @@ class AutoRound(QuantMethod):
         common = {"provider": AUTO_ROUND, "dynamic": None, "pack_dtype": "int32", "desc_act": False}
         method = reader.from_checkpoint({**config, **inner, **common}, headers)
         assert method is not None
-        selection = Selection.of(config, method.selection.options, rules)
-        return cls(packing, replace(method, selection=selection))
+        method = replace(method, selection=Selection.of(config, method.selection.options, rules))
+        return cls(packing, replace(method, versions=VERSIONS) if isinstance(method, GPTQ) else method)
 
     @property
     def summary(self) -> str:

@@ -110,20 +110,26 @@ class AWQ(QuantMethod):
     def _check_version(self, layer: str, scheme: Scheme, shape: LinearShape) -> None:
         """Say which version or width the file has, if it is not the configuration's."""
         stored = self.headers[f"{layer}.qweight"]
-        if stored == self._layout.specs(scheme, shape, torch.float16)["qweight"]:
+        # On a square layer codes of several versions have one shape, and the scales tell.
+        locals_ = ("qweight", "scales") if self._is(self._layout, scheme, layer, shape, ["qweight"]) else ("qweight",)
+        if len(locals_) == 2 and self._is(self._layout, scheme, layer, shape, locals_):
             return
         for version, layout in LAYOUTS.items():
             for bits in layout.bits:
                 other = replace(scheme, kind=WeightKind.integer(bits))
-                if (
-                    layout.misfit(other, shape) is None
-                    and stored == layout.specs(other, shape, torch.float16)["qweight"]
-                ):
+                if layout.misfit(other, shape) is None and self._is(layout, other, layer, shape, locals_):
                     raise BadCheckpoint(
                         f"{layer}.qweight is {stored}: version {version} with {bits} bits for {shape.in_features} inputs and "
                         f"{shape.out_features} outputs, but quantization_config says {self.version} with {scheme.kind.bits}. "
                         "Correct version or bits, or the file is not the one that the config describes."
                     )
+
+    def _is(self, layout: Layout, scheme: Scheme, layer: str, shape: LinearShape, names: Iterable[str]) -> bool:
+        """Whether the tensors of these names are stored as a layout has them."""
+        stored = {local: self.headers.get(f"{layer}.{local}") for local in names}
+        scale = stored.get("scales")
+        specs = layout.specs(scheme, shape, scale.dtype if scale else torch.float16)
+        return all(stored[local] == specs.get(local) for local in stored)
 
     def _zeros(self, layer: str) -> str | None:
         """The name of the zero points of a layer, if they are stored: then they count, whatever ``zero_point`` says."""

@@ -17,7 +17,7 @@ GPTQModel 7.7.0 ``nn_modules/qlinear/fp8.py`` (``quantize_fp8_weight``).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -38,6 +38,7 @@ from quant.base import (
 )
 from quant.float8 import POWER_DTYPES, SCALE_DTYPES, canonical_scale, is_float8, single
 from quant.kv_scales import kv_scale_reason
+from quant.matching import Rules
 from quant.methods.selection import method_of
 from quant.methods.skip_list import SkipList
 from quant.scheme import ScaleRule
@@ -52,7 +53,8 @@ FBGEMM_CLAMP = 1200.0
 @dataclass(frozen=True)
 class FP8(QuantMethod):
     """``block`` ``None`` is one scale a weight or a row, whichever is stored; ``inputs`` is the dynamic quantization of
-    inputs, ``None`` if they have static scales; ``divides``: stored scales of weights are divisors."""
+    inputs, ``None`` if they have static scales; ``divides``: stored scales of weights are divisors; ``rules`` are GPTQModel's,
+    blocks of single layers."""
 
     stored_as: str
     block: tuple[int, int] | None
@@ -60,6 +62,7 @@ class FP8(QuantMethod):
     inputs: Activation | None
     skipped: SkipList
     headers: Mapping[str, TensorSpec]
+    rules: Rules = matching.NO_RULES
 
     name: ClassVar[str] = "fp8"
     executes_inputs_on: ClassVar[frozenset[str]] = frozenset({"cuda"})
@@ -91,7 +94,10 @@ class FP8(QuantMethod):
             )
         skipped = SkipList.of(config, SKIP_LISTS, matching.components)
         inputs = _dynamic(method, block, config) if activation == "dynamic" else None
-        return cls(method, block, bool(semantics), inputs, skipped, headers)
+        rules = matching.gptqmodel_rules(config)
+        for entry, settings in rules.settings.items():
+            _check_rule(f"{rules.field} {entry!r}", settings or {})
+        return cls(method, block, bool(semantics), inputs, skipped, headers, rules)
 
     @property
     def summary(self) -> str:
@@ -114,13 +120,17 @@ class FP8(QuantMethod):
                 f"{layer}: an FP8 weight is stored with {what}, it needs exactly one. The file is damaged."
             )
         self.skipped.require_absent(layer)
+        if found := self._rule_against(layer):
+            raise BadCheckpoint(f"{layer}: a quantized weight is stored, but {found}. Remove the entry, or the weight.")
         return Scheme(WeightKind.FP8, self._block_of(layer, scales[0], shape), activation=self._activation(layer))
 
     def dense_reason(self, layer: str) -> str:
-        return self.skipped.naming(layer) or "stored dense: its weight is not FP8"
+        return self.skipped.naming(layer) or self._rule_against(layer) or "stored dense: its weight is not FP8"
 
     def unmatched(self, layers: Iterable[str]) -> list[str]:
-        return self.skipped.unmatched(layers)
+        known = list(layers)
+        missed = matching.unmatched(self.rules.settings, known, self.rules.dialect)
+        return self.skipped.unmatched(known) + [f"{self.rules.field}: {entry}" for entry in missed]
 
     def ignored(self, name: str) -> str | None:
         if name.endswith(".input_scale_ub"):
@@ -147,6 +157,19 @@ class FP8(QuantMethod):
             input_scale=single(static) if static is not None and scheme.activation else None,
         )
 
+    def _rule_against(self, layer: str) -> str | None:
+        entry = self.rules.find(layer)
+        left_dense = entry is not None and self.rules.settings[entry] is None
+        return f"{self.rules.field} leaves it dense by {entry!r}" if left_dense else None
+
+    def _block_for(self, layer: str) -> tuple[int, int] | None:
+        """What the configuration says of one layer."""
+        entry = self.rules.find(layer)
+        settings = (self.rules.settings[entry] if entry is not None else None) or {}
+        if settings.get("weight_scale_method", "block") != "block":
+            return None
+        return _block(settings["weight_block_size"]) if "weight_block_size" in settings else self.block
+
     def _stored(self, layer: str, names: tuple[str, ...]) -> list[str]:
         return [name for name in names if f"{layer}.{name}" in self.headers]
 
@@ -155,14 +178,14 @@ class FP8(QuantMethod):
         spec, rows, columns = self.headers[f"{layer}.{local}"], shape.out_features, shape.in_features
         if spec.dtype not in (*SCALE_DTYPES, *POWER_DTYPES):
             raise BadCheckpoint(f"{layer}.{local} is {spec}, which is no dtype of scales. The file is damaged.")
-        if self.block:
-            expected = (-(-rows // self.block[0]), -(-columns // self.block[1]))
+        if block := self._block_for(layer):
+            expected = (-(-rows // block[0]), -(-columns // block[1]))
             if spec.shape != expected:
                 raise BadCheckpoint(
-                    f"{layer}.{local} is {spec}, but {shape} in blocks of {list(self.block)} (quantization_config: "
+                    f"{layer}.{local} is {spec}, but {shape} in blocks of {list(block)} (quantization_config: "
                     f"weight_block_size) has {list(expected)} scales. The file is damaged or the entry is wrong."
                 )
-            return self.block
+            return block
         if spec.shape in ((), (1,), (1, 1)):
             return rows, columns
         if spec.shape in ((rows,), (rows, 1)):
@@ -180,7 +203,8 @@ class FP8(QuantMethod):
                     f"{layer}: {stored[0]} is stored, but quantization_config says activation_scheme: dynamic. "
                     "Set it to static if the scales were calibrated."
                 )
-            return self.inputs
+            block = self._block_for(layer)
+            return self.inputs if block == self.block else replace(self.inputs, group=block[1] if block else None)
         if len(stored) != 1 or self.headers[f"{layer}.{stored[0]}"].shape not in ((), (1,)):
             found = ", ".join(f"{local} {self.headers[f'{layer}.{local}']}" for local in stored) or "none"
             raise BadCheckpoint(
@@ -196,6 +220,17 @@ def _block(value: Any) -> tuple[int, int] | None:
     if not isinstance(value, list | tuple) or len(value) != 2 or not all(isinstance(n, int) and n > 0 for n in value):
         raise BadCheckpoint(f"quantization_config: weight_block_size must be two positive integers, not {value!r}")
     return int(value[0]), int(value[1])
+
+
+def _check_rule(where: str, settings: Mapping[str, Any]) -> None:
+    """Raise for a setting of single layers that would change what their tensors mean and is not read."""
+    for field, known in (("weight_scale_semantics", ("inverse",)), ("weight_scale_method", ("row", "tensor", "block"))):
+        if (value := str(settings.get(field, known[0])).lower()) not in known:
+            raise UnsupportedCheckpoint(
+                f"{field} {value!r} (quantization_config: {where}) is not known, only {', '.join(known)}. Use a copy "
+                "written by another tool."
+            )
+    _block(settings.get("weight_block_size"))
 
 
 def _dynamic(method: str, block: tuple[int, int] | None, config: Mapping[str, Any]) -> Activation:

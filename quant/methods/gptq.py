@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import torch
@@ -51,6 +51,7 @@ logger = logging.getLogger(__name__)
 WORDS = {"int8": torch.int8, "int16": torch.int16, "int32": torch.int32, "int64": torch.int64}
 INDICES = (torch.int32, torch.int64)
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+VERSIONS = {"gptq": "checkpoint_format: gptq", "gptq_v2": "checkpoint_format: gptq_v2"}
 PLANAR_BLOCK = 32
 """Codes of inputs, and zero points of outputs, that are packed together."""
 
@@ -58,13 +59,14 @@ PLANAR_BLOCK = 32
 @dataclass(frozen=True)
 class GPTQ(QuantMethod):
     """``producer`` is the library that wrote the file, where it says so; ``word`` is ``None`` where ``pack_dtype`` is not
-    given: the tensors tell."""
+    given: the tensors tell. ``versions``: how a configuration says either version."""
 
     format: str
     selection: Selection
     producer: str
     word: torch.dtype | None
     headers: Mapping[str, TensorSpec]
+    versions: Mapping[str, str] = field(default_factory=lambda: VERSIONS)
 
     name: ClassVar[str] = "gptq"
 
@@ -185,7 +187,7 @@ class GPTQ(QuantMethod):
         if self.selection.options.symmetric is not False and bool((zero == read).all()):
             raise BadCheckpoint(
                 f"qzeros holds {stored} for every zero point, which is {middle} in format {other} but {read} in {self.format}, "
-                f"and the weights are symmetric. Set checkpoint_format: {other} in quantization_config."
+                f"and the weights are symmetric. Set {self.versions[other]} in quantization_config."
             )
 
     def _planar(self, bits: int) -> bool:

@@ -66,6 +66,18 @@ def test_tensors_without_group_indices(bits: int, packing: str) -> None:
     assert torch.equal(dequantize(method.repack(tensors, scheme, layer.shape)), layer.weight)
 
 
+def test_the_other_version_is_named_in_its_own_words() -> None:
+    layer = Layer(64, 64, 4, 32)
+    layer.zeros[:] = 8
+    tensors = {name: tensor for name, tensor in layer.tensors(zeros=layer.zeros - 1).items() if name != "g_idx"}
+    headers = {f"a.{name}": TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    method = make(headers, packing_format="auto_round:gptqmodel", sym=None)
+    scheme = method.scheme_for("a", layer.shape)
+    assert scheme is not None
+    with pytest.raises(BadCheckpoint, match="Set packing_format: auto_round:auto_gptq in quantization_config"):
+        method.repack(tensors, scheme, layer.shape)
+
+
 def test_settings_of_single_modules() -> None:
     extra = {"lm_head": {"bits": 16, "data_type": "float"}, r".*\.down": {"bits": 8, "group_size": 16}}
     headers = {

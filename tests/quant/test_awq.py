@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from quant.base import BadCheckpoint, LinearShape, TensorSpec, UnsupportedCheckpoint, WeightKind
+from quant.base import BadCheckpoint, LinearShape, Scheme, TensorSpec, UnsupportedCheckpoint, WeightKind
 from quant.methods.awq import AWQ
+from quant.methods.awq_layouts import LAYOUTS
 from quant.reference import dequantize
 from tests.awq_writer import quantize
 
@@ -123,6 +125,21 @@ def test_contradictions_name_module_and_entry() -> None:
     for method, message in cases:
         with pytest.raises(BadCheckpoint, match=message):
             method.scheme_for("a", SHAPE)
+
+
+def test_another_version_is_named_where_the_shape_of_the_codes_does_not_tell() -> None:
+    """gemm and gemv store the codes of a square layer in one shape, their scales not."""
+    square, scheme = LinearShape(64, 64), Scheme(WeightKind.INT4, (1, 32), zero_point=True)
+    for stored, said in product(("gemm", "gemv"), repeat=2):
+        specs = LAYOUTS[stored].specs(scheme, square, torch.float16)
+        method = make({"version": said}, {f"a.{local}": spec for local, spec in specs.items()})
+        if stored == said:
+            assert method.scheme_for("a", square) == scheme
+            continue
+        with pytest.raises(
+            BadCheckpoint, match=rf"version {stored} with 4 bits .* says {said} with 4\. Correct version"
+        ):
+            method.scheme_for("a", square)
 
 
 def test_a_loosely_matching_skip_entry_explains_and_contradicts_nothing() -> None:

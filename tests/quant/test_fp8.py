@@ -70,6 +70,28 @@ def test_scales_of_gptqmodel_are_divisors(shape: tuple[int, ...]) -> None:
         make(config | {"weight_scale_semantics": "direct"}, tensors)
 
 
+def test_rules_of_gptqmodel_for_single_modules() -> None:
+    """``dynamic``: another block, one scale a row, or dense."""
+    blocks = {"weight_scale_method": "block", "weight_scale_semantics": "inverse"}
+    config = {"quant_method": "fp8", "weight_block_size": [128, 128], **blocks}
+    small = {"+:a": {"weight_block_size": [32, 64], **blocks}}
+    divisor = torch.rand(3, 4) * 1000 + 400
+    weight = found(config | {"dynamic": small}, tensors := layer(weight_scale_inv=divisor))
+    spread = divisor.repeat_interleave(32, 0)[:72].repeat_interleave(64, 1)[:, :200]
+    torch.testing.assert_close(dequantize(weight), tensors["a.weight"].float() / spread)
+    assert weight.scheme.activation is not None
+    assert weight.scheme.activation.group == 64
+    rows = layer(weight_scale_inv=divisor.view(-1)[:1].expand(72).contiguous())
+    assert found(config | {"dynamic": {"a": {"weight_scale_method": "row"}}}, rows).scheme.block == (1, 200)
+    method = make(config | {"dynamic": {"-:a": {}, "nobody": {}}}, tensors)
+    assert method.unmatched(["a"]) == ["dynamic: nobody"]
+    assert "dynamic leaves it dense by '-:a'" in method.dense_reason("a")
+    with pytest.raises(BadCheckpoint, match="a: a quantized weight is stored, but dynamic leaves it dense by '-:a'"):
+        method.scheme_for("a", LinearShape(200, 72))
+    with pytest.raises(UnsupportedCheckpoint, match=r"weight_scale_semantics 'direct' .*dynamic 'a'"):
+        make(config | {"dynamic": {"a": {"weight_scale_semantics": "direct"}}}, tensors)
+
+
 def test_the_clamp_that_old_fbgemm_files_store_needs_no_owner() -> None:
     method = make({"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, {})
     assert "activation_scale_ub" in (method.ignored("model.layers.0.mlp.up_proj.input_scale_ub") or "")
