@@ -71,11 +71,12 @@ PRESETS: dict[str, tuple[Args | None, Args | None]] = {
 
 @dataclass(frozen=True)
 class Weights:
-    """How a group's weights are quantized. ``block`` holds -1 for "all of them"."""
+    """How a group's weights are quantized. ``block`` holds -1 for "all of them"; ``ordered``: inputs say their group."""
 
     kind: WeightKind
     block: tuple[int, int]
     symmetric: bool
+    ordered: bool
 
     def block_of(self, shape: LinearShape) -> tuple[int, int]:
         rows, columns = self.block
@@ -236,22 +237,26 @@ def _weights(group: str, args: Mapping[str, Any]) -> Weights:
             f"quantization_config: config_groups: {group}: weights with strategy {strategy!r}, group_size {size!r} and "
             f"block_structure {args.get('block_structure')!r} are not supported."
         )
-    return Weights(_kind(group, "weights", args), block, bool(args.get("symmetric", True)))
+    # ``weight`` and ``static`` only say in which order scales were found; an old file says true.
+    ordered = strategy == "group" and str(args.get("actorder")).lower() in ("group", "dynamic", "true")
+    return Weights(_kind(group, "weights", args), block, bool(args.get("symmetric", True)), ordered)
 
 
 def _inputs(group: str, args: Mapping[str, Any]) -> Activation:
     kind, strategy, dynamic = _kind(group, "input_activations", args), _strategy(args), args.get("dynamic", False)
+    local = dynamic == "local" and kind is WeightKind.E2M1
     symmetric, size = bool(args.get("symmetric", True)), args.get("group_size")
     if strategy == "tensor" and dynamic is False:
         return Activation(kind, static=True, symmetric=symmetric)
     if strategy in ("token", "tensor") and dynamic is True:
         return Activation(kind, symmetric=symmetric, whole=strategy == "tensor")
-    if strategy in ("group", "tensor_group") and isinstance(size, int) and size > 0 and dynamic is not False:
+    if strategy in ("group", "tensor_group") and isinstance(size, int) and size > 0 and (dynamic is True or local):
         powers = not kind.is_integer and size == 32 and "uint8" in str(args.get("scale_dtype"))
-        rule = ScaleRule.LOCAL if dynamic == "local" else ScaleRule.POWER if powers else ScaleRule.FLOAT
+        rule = ScaleRule.LOCAL if local else ScaleRule.POWER if powers else ScaleRule.FLOAT
         return Activation(kind, group=size, symmetric=symmetric, rule=rule)
     raise UnsupportedCheckpoint(
-        f"quantization_config: config_groups: {group}: input_activations with strategy {strategy!r}, dynamic {dynamic!r} and "
-        f"group_size {size!r} are not supported: dynamic ones may be per token, tensor or group, static ones per tensor. "
+        f"quantization_config: config_groups: {group}: input_activations of {kind.value} with strategy {strategy!r}, dynamic "
+        f"{dynamic!r} and group_size {size!r} are not supported: dynamic ones may be per token, tensor or group, those of "
+        "4-bit floats also 'local', static ones per tensor. "
         "Set the entry to null to run the weights alone."
     )

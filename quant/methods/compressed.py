@@ -214,6 +214,8 @@ class CompressedTensors(QuantMethod):
             needed.append("weight_global_scale")
         if not group.weights.symmetric:
             needed.append("weight_zero_point")
+        if group.weights.ordered:
+            needed.append("weight_g_idx")
         if codes == "compressed":
             needed.append("bitmask")
         if group.inputs and group.inputs.needs_scale:

@@ -115,6 +115,11 @@ class GPTQ(QuantMethod):
         zeros = f"{layer}.qzeros" in self.headers
         if options.symmetric is False and not zeros:
             raise BadCheckpoint(f"{layer}: qzeros is missing, but quantization_config says sym: false.")
+        if options.act_order and group < shape.in_features and f"{layer}.g_idx" not in self.headers:
+            raise BadCheckpoint(
+                f"{layer}: g_idx is missing, but quantization_config says desc_act: true: which inputs share a group is not "
+                "said. The file is damaged; if its inputs are in order, set desc_act: false."
+            )
         # Where the configuration is silent, the plan expects the harder case and repack settles it.
         ordered = f"{layer}.g_idx" in self.headers and group < shape.in_features and options.act_order is not False
         asymmetric = zeros and options.symmetric is not True

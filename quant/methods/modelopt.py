@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Self
 
 import torch
@@ -175,7 +176,16 @@ class ModelOpt(QuantMethod):
         spec = self.headers.get(f"{layer}.input_scale")
         if spec and spec.shape not in ((), (1,)):
             raise BadCheckpoint(f"{layer}.input_scale is {spec}, it must be one number. The file is damaged.")
+        if spec is None and self.algorithm in (TENSOR, NVFP4) and self._calibrated:
+            raise BadCheckpoint(
+                f"{layer}: input_scale is missing, and other layers have one, which quant_algo: {self.algorithm} asks for. "
+                "The file is damaged."
+            )
         return spec is not None
+
+    @cached_property
+    def _calibrated(self) -> bool:
+        return any(name.endswith(".input_scale") for name in self.headers)
 
     def _refuse_other(self, layer: str) -> None:
         """Raise :class:`UnsupportedCheckpoint` for a layer in one of modelopt's other layouts."""

@@ -180,6 +180,9 @@ def test_what_llmcompressor_exports_is_read_as_its_codes_say() -> None:
     assert torch.equal(dequantize(weight), expected)
 
 
+LOCAL = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "dynamic": "local"}
+
+
 def refusal(**entries: Any) -> tuple[dict[str, Any], str]:
     message = entries.pop("message")
     return config(**entries), message
@@ -198,7 +201,11 @@ def refusal(**entries: Any) -> tuple[dict[str, Any], str]:
             transform_config={"config_groups": {"R1": {"type": "hadamard", "apply": [{"location": "input"}]}}},
             message=r"transform_config: R1 \(hadamard\).*location: input",
         ),
-        refusal(inputs={"num_bits": 8, "strategy": "channel"}, message="input_activations with strategy 'channel'"),
+        refusal(
+            inputs={"num_bits": 8, "strategy": "channel"}, message="input_activations of int8 with strategy 'channel'"
+        ),
+        refusal(inputs=LOCAL | {"dynamic": "nearby"}, message="input_activations of e2m1 .* dynamic 'nearby'"),
+        refusal(inputs=LOCAL | {"type": "int"}, message="input_activations of int4 .* dynamic 'local'"),
     ],
     ids=lambda value: "" if isinstance(value, dict) else value,
 )
@@ -223,10 +230,13 @@ def test_contradictions_name_module_and_entry() -> None:
         (config(), without_scale, "a: weight_packed is stored but weight_scale is missing"),
         (config(INT4 | {"symmetric": False}), tensors, "weight_zero_point is missing"),
         (config(inputs=static), tensors, "input_scale is missing"),
+        (config(INT4 | {"actorder": "group"}), tensors, "weight_g_idx is missing"),
     ]
     for settings, changed, message in cases:
         with pytest.raises(BadCheckpoint, match=message):
             make(settings, changed).scheme_for("a", SHAPE)
+    for order in ("static", "weight", None):
+        assert make(config(INT4 | {"actorder": order}), tensors).scheme_for("a", SHAPE) is not None
     changed = tensors | {"a.weight_shape": torch.tensor([64, 24])}
     with pytest.raises(BadCheckpoint, match=r"weight_shape is \[64, 24\]"):
         read(make(config(), changed), changed, "a", SHAPE)

@@ -229,6 +229,20 @@ def test_modelopt_algorithms_that_are_not_read_are_refused_by_name(algorithm: st
         ModelOpt.from_checkpoint({"quant_method": "modelopt"} | mixed, {})
 
 
+def test_a_modelopt_layer_without_the_scale_that_the_others_have() -> None:
+    scales = {"weight_scale": torch.tensor(0.5), "input_scale": torch.tensor(0.25)}
+    other = {name.replace("a.", "b."): tensor for name, tensor in layer(**scales).items()}
+    alone = layer(weight_scale=torch.tensor(0.5))
+    for tensors, complete in ((alone | other, False), (alone, True), (layer(**scales) | other, True)):
+        method = ModelOpt.from_checkpoint({"quant_method": "modelopt", "quant_algo": "FP8"}, headers_of(tensors))
+        assert method is not None
+        if complete:
+            assert method.scheme_for("a", SHAPE) is not None
+            continue
+        with pytest.raises(BadCheckpoint, match="a: input_scale is missing, and other layers have one"):
+            method.scheme_for("a", SHAPE)
+
+
 def test_modelopt_4_bit_tensors_under_an_fp8_configuration_are_refused() -> None:
     tensors = {"a.weight": torch.zeros(36, 200, dtype=torch.uint8), "a.pre_quant_scale": torch.ones(200)}
     method = ModelOpt.from_checkpoint({"quant_method": "modelopt", "quant_algo": "FP8"}, headers_of(tensors))

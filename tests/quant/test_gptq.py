@@ -266,6 +266,7 @@ def test_contradictions_name_module_and_entry() -> None:
         ({n: t for n, t in tensors.items() if n != "qweight"}, {}, "a: scales is there but qweight is missing"),
         (tensors | dense, {}, "a: both qweight and a dense weight"),
         ({n: t for n, t in tensors.items() if n != "qzeros"}, {}, "a: qzeros is missing.*sym: false"),
+        ({n: t for n, t in tensors.items() if n != "g_idx"}, {"desc_act": True}, "a: g_idx is missing.*desc_act: true"),
         (tensors, {"bits": 8}, r"a\.qweight is int32 \[8, 64\]: 4 bits for 64 inputs, but quantization_config says 8"),
         (tensors, {"dynamic": {"-:a": {}}}, "a: qweight is stored, but dynamic leaves it dense by '-:a'"),
         (tensors, {"dynamic": {"(": {}}}, r"'\(' is not a valid regular expression"),
