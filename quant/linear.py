@@ -100,9 +100,19 @@ def repack(
                 f"{name}.{local}: {broken} of {tensor.numel()} values are NaN or infinite. The file is damaged."
             )
     try:
-        return method.repack(tensors, scheme, shape)
+        weight = method.repack(tensors, scheme, shape)
     except QuantError as error:
         raise type(error)(f"{name}: {error}") from error
+    for what, scale, right in (
+        ("inputs", weight.input_scale, lambda scale: scale > 0),
+        ("weights", weight.global_scale, torch.isfinite),  # of zeros alone it is zero
+    ):
+        if scale is not None and not bool((scale.isfinite() & right(scale)).all()):
+            raise BadCheckpoint(
+                f"{name}: the scale of all its {what} comes to {scale.item():g}. The file is damaged, or the layer was never "
+                "calibrated" + ("; --weight-only leaves inputs alone." if what == "inputs" else ".")
+            )
+    return weight
 
 
 def hold_packed(module: nn.Module, tensors: Mapping[str, TensorSpec]) -> None:

@@ -12,19 +12,19 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from quant import kernels
-from quant.base import Activation, LinearShape, NoKernel, QuantError, QuantMethod, Scheme, TensorSpec, blank
-from quant.embedding import lookup
+from quant.base import NoKernel, QuantError, QuantMethod
 from quant.kv_scales import KV_SCALES
 from quant.onload.base import OnLoad
-from runtime.accounting import DENSE_DTYPES, Account, balance, check_stored
+from runtime.accounting import Account, balance
 from runtime.checkpoint import Checkpoint, tensor_bytes
 from runtime.errors import LoadError, some
 from runtime.expert_plan import ExpertPlan, plan_experts
-from runtime.naming import Headers, rename_headers
-from runtime.quantization import linear_shape, matrix_shape, refuse_shared, resolve_method, stored_transposed
+from runtime.linear_plan import ModulePlan, plan_linears
+from runtime.naming import rename_headers
+from runtime.quantization import resolve_method
 from runtime.skeleton import build_meta_model, read_model_config, resolve_device, resolve_dtype
 
 WORKING_BYTES = 32 << 20
@@ -32,43 +32,6 @@ WORKING_BYTES = 32 << 20
 
 ABSORBED = "dequantized: latents are kept in place of keys and values, and attention multiplies by this weight itself"
 """Why a linear layer is dense in the engine that is quantized elsewhere (:mod:`attention.latent`)."""
-
-
-@dataclass(frozen=True)
-class ModulePlan:
-    """One linear layer. ``choice`` ``None`` means dense, and ``reason`` says why; otherwise ``reason`` tells what the
-    kernel runs and who was asked before it. ``nbytes`` is the weight's size as the kernel holds it, ``packed_bytes`` without
-    what the kernel adds, ``dropped`` the activation quantization that the checkpoint asks for and that is left out.
-    ``transposed``: a dense weight of it is ``[in, out]``. ``dequantized``: once loaded it is an ``nn.Linear``. ``packed``: how
-    the weight of a module that is no linear layer is stored; it becomes dense."""
-
-    name: str
-    shape: LinearShape
-    stored: Mapping[str, TensorSpec]
-    scheme: Scheme | None
-    choice: kernels.Choice | None
-    reason: str
-    nbytes: int
-    packed_bytes: int
-    dropped: Activation | None = None
-    transposed: bool = False
-    dequantized: bool = False
-    packed: Scheme | None = None
-
-    @property
-    def bf16_bytes(self) -> int:
-        """Bytes of the same weight in bf16."""
-        return 2 * self.shape.in_features * self.shape.out_features
-
-    def oriented(self, weight: Tensor) -> Tensor:
-        """``[out, in]``, of a dense weight as it is stored; a part of a stack has a first dimension of 1."""
-        matrix = weight.flatten(0, -2)
-        return matrix.t() if self.transposed else matrix
-
-    @property
-    def kernel(self) -> str:
-        """Name of what multiplies."""
-        return self.choice.kernel.name if self.choice and not self.dequantized else "torch"
 
 
 @dataclass(frozen=True)
@@ -215,7 +178,7 @@ def make_plan(
             raise NoKernel(
                 f"--kernel {kernel} multiplies by quantized weights, and this checkpoint has none. Leave it out."
             )
-        modules = _plan_linears(model, method, headers, place, precision, kernel, weight_only, experts.transposed)
+        modules = plan_linears(model, method, headers, place, precision, kernel, weight_only, experts.transposed)
     except QuantError as error:
         raise LoadError(f"{checkpoint.folder}: {error}") from error
     on_load = isinstance(method, OnLoad)
@@ -231,112 +194,6 @@ def make_plan(
         checkpoint, config, precision, note, place, trust_remote_code, method, experts, modules, other, account, unmatched,
         remarks, kv_scales,
     )  # fmt: skip
-
-
-def _plan_linears(
-    model: nn.Module,
-    method: QuantMethod | None,
-    headers: Headers,
-    device: torch.device,
-    dtype: torch.dtype,
-    asked: str | None,
-    weight_only: bool | None,
-    transposed: Collection[str] = (),
-) -> dict[str, ModulePlan]:
-    """A plan for every ``nn.Linear`` and ``Conv1D``, and for embeddings that are stored quantized. ``transposed``: layers
-    whose dense weight is stored ``[in, out]``, beside every ``Conv1D``."""
-    plans: dict[str, ModulePlan] = {}
-    executes = method is None or method.executes_inputs_on is None or device.type in method.executes_inputs_on
-    left_alone = not executes if weight_only is None else weight_only
-    for name, module in model.named_modules():
-        written, shape = headers.written.get(name, name), linear_shape(module)
-        if shape is None:
-            if method and (planned := _plan_dequantized(written, name, module, method, headers, dtype)):
-                plans[name] = planned
-            continue
-        scheme = method.scheme_for(written, shape) if method else None
-        if scheme is None or method is None:
-            if not shape.lookup:
-                plans[name] = _plan_dense(name, shape, model, method, headers, dtype, plans)
-            continue
-        if not shape.bias and (bias := headers.tensors.get(f"{name}.bias")):
-            # auto-gptq stores one, mostly of zeros, for every layer; if it is not zero, it was meant.
-            shape = replace(shape, bias=True)
-            dtype_stored = bias.dtype if bias.dtype in DENSE_DTYPES else torch.float16
-            check_stored(f"{name}.bias", bias, TensorSpec((shape.out_features,), dtype_stored))
-        dropped = scheme.activation if left_alone else None
-        if dropped is not None:
-            scheme = replace(scheme, activation=None)
-        stored = method.tensors(written, shape)
-        for local, expected in stored.items() if not isinstance(method, OnLoad) else ():
-            check_stored(f"{name}.{local}", headers.tensors.get(f"{name}.{local}"), expected)
-        try:
-            choice = lookup(scheme, shape, device) if shape.lookup else kernels.choose(scheme, shape, device, asked)
-        except NoKernel as error:
-            raise NoKernel(f"{name}: {error}") from error
-        refusals = [f"{other} refused: {why}" for other, why in choice.refusals.items()]
-        remarks = [remark] if isinstance(method, OnLoad) and (remark := method.remark(shape)) else []
-        reason = "; ".join([choice.kernel.summary, *remarks, *refusals])
-        scale = next((spec.dtype for local, spec in stored.items() if "scale" in local or local == "s"), torch.float32)
-        scale = method.scale_dtype if isinstance(method, OnLoad) else scale
-        held = kernels.held_bytes(choice.kernel, scheme, shape, scale)
-        packed = blank(scheme, shape, scale).nbytes
-        turned = stored_transposed(module) or name in transposed
-        plans[name] = ModulePlan(name, shape, stored, scheme, choice, reason, held, packed, dropped, turned)
-    if method and method.quantizes_layers and not any(plan.scheme or plan.stored for plan in plans.values()):
-        raise LoadError(
-            f"quantization_config says {method.summary}, but no linear layer of {type(model).__name__} is stored so. "
-            "The checkpoint is dense or damaged: remove quantization_config to load it as it is."
-        )
-    return plans
-
-
-def _plan_dequantized(
-    written: str, name: str, module: nn.Module, method: QuantMethod, headers: Headers, dtype: torch.dtype
-) -> ModulePlan | None:
-    """A matrix of a module that is no linear layer, if it is stored quantized: no kernel can take the place of its code."""
-    shape, weight = matrix_shape(module), headers.tensors.get(f"{name}.weight")
-    if shape is None or isinstance(method, OnLoad) or (weight and weight.dtype in DENSE_DTYPES):
-        return None
-    scheme = method.scheme_for(written, shape)
-    if scheme is None:
-        return None
-    stored = method.tensors(written, shape)
-    for local, expected in stored.items():
-        check_stored(f"{name}.{local}", headers.tensors.get(f"{name}.{local}"), expected)
-    kind = replace(scheme, activation=None)
-    reason = f"stored as {kind}, dequantized while loading: {type(module).__name__} is no linear layer"
-    size = shape.in_features * shape.out_features * dtype.itemsize
-    return ModulePlan(
-        name, shape, stored, None, None, reason, size, size, dropped=scheme.activation,
-        packed=kind,
-    )  # fmt: skip
-
-
-def _plan_dense(
-    name: str,
-    shape: LinearShape,
-    model: nn.Module,
-    method: QuantMethod | None,
-    headers: Headers,
-    dtype: torch.dtype,
-    before: Mapping[str, ModulePlan],
-) -> ModulePlan:
-    """A linear layer that stays dense: it may share a weight of ``before``, or be stored without its zeros."""
-    source = getattr(model, "all_tied_weights_keys", {}).get(f"{name}.weight")
-    owner = before.get(source.removesuffix(".weight")) if source else None
-    if owner is not None and owner.shape.lookup:  # planned, so it is quantized
-        if f"{name}.weight" not in headers.tensors:
-            refuse_shared(name, owner.name)
-        source = None
-    written = headers.written.get(name, name)
-    reason = method.dense_reason(written) if method else "the checkpoint is not quantized"
-    stored = method.sparse(written, shape) if method else {}
-    for local, expected in stored.items():
-        check_stored(f"{name}.{local}", headers.tensors.get(f"{name}.{local}"), expected)
-    size = 0 if source else shape.in_features * shape.out_features * dtype.itemsize
-    reason = f"shares the weight of {source}" if source else reason
-    return ModulePlan(name, shape, stored, None, None, reason, size, size)
 
 
 def _other_bytes(model: nn.Module, modules: Mapping[str, ModulePlan], dtype: torch.dtype) -> int:

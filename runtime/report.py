@@ -16,8 +16,9 @@ from runtime.memory import CacheSize, format_bytes
 
 if TYPE_CHECKING:
     from attention.hf import Layers
+    from runtime.linear_plan import ModulePlan
     from runtime.loader import LoadedModel
-    from runtime.plan import LoadPlan, ModulePlan
+    from runtime.plan import LoadPlan
 
 
 def load_report(loaded: LoadedModel) -> str:

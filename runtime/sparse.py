@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from quant.packing import unpack_bitmask
-from runtime.plan import ModulePlan
+from runtime.linear_plan import ModulePlan
 
 
 class Decompress(ConversionOps):

@@ -23,7 +23,8 @@ from runtime.config import EngineConfig
 from runtime.defaults import context_length, load_tokenizer
 from runtime.environment import facts
 from runtime.errors import InvalidRequest, LoadError
-from runtime.plan import LoadPlan, ModulePlan, make_plan
+from runtime.linear_plan import ModulePlan
+from runtime.plan import LoadPlan, make_plan
 from runtime.report import aligned, plan_lines
 from runtime.verify_kernels import Reach, examine, most_distant
 from runtime.verify_model import LARGEST_DISTANCE, LARGEST_KL, Comparison, compare

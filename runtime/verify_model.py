@@ -23,9 +23,10 @@ from attention.registry import select
 from quant.kernels.native import build
 from quant.reference import linear
 from runtime.errors import LoadError
+from runtime.linear_plan import ModulePlan
 from runtime.loader import load
 from runtime.one_sequence import OneSequence
-from runtime.plan import ABSORBED, ModulePlan
+from runtime.plan import ABSORBED
 from runtime.weights import StoredWeights
 
 LARGEST_KL = 1e-6

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from quant.base import QuantError, QuantWeight
 from runtime.errors import LoadError
+from runtime.linear_plan import ModulePlan
 from runtime.naming import Headers, rename_headers
-from runtime.plan import LoadPlan, ModulePlan
+from runtime.plan import LoadPlan
 from runtime.skeleton import build_meta_model
 
 

@@ -34,6 +34,8 @@ def method_of(config: Mapping[str, Any]) -> str:
 def names_in(config: Mapping[str, Any], field: str) -> tuple[str, ...]:
     """A list of module names, possibly nested, or one name; null is none."""
     value = config.get(field) or ()
+    if not isinstance(value, str | list | tuple):
+        raise BadCheckpoint(f"quantization_config: {field} must be a list of module names, not {value!r}.")
     flat: list[Any] = []
     for item in (value,) if isinstance(value, str) else value:
         flat += item if isinstance(item, list | tuple) else [item]

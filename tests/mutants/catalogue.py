@@ -153,7 +153,7 @@ MUTANTS = (
     ),
     Mutant(
         "one layer planned dense",
-        "runtime/plan.py",
+        "runtime/linear_plan.py",
         "scheme = method.scheme_for(written, shape) if method else None",
         'scheme = method.scheme_for(written, shape) if method and "1.mlp.up" not in name else None',
         (f"{LOGITS}[autoawq--gemm-g128]",),

@@ -150,6 +150,11 @@ def test_a_loosely_matching_skip_entry_explains_and_contradicts_nothing() -> Non
     assert method.scheme_for("gate_proj", SHAPE) is not None
 
 
+def test_a_skip_list_that_is_none() -> None:
+    with pytest.raises(BadCheckpoint, match="modules_to_not_convert must be a list of module names, not 5"):
+        make({"modules_to_not_convert": 5})
+
+
 def test_entries_that_name_nothing_are_told() -> None:
     method = make({"modules_to_not_convert": ["lm_head", "visual"]})
     assert method.unmatched(["a", "lm_head"]) == ["modules_to_not_convert: visual"]

@@ -132,6 +132,18 @@ def test_checkpoints_that_would_compute_garbage_are_refused_before_weights_are_r
         inspect(tmp_path)
 
 
+def test_a_scale_of_zero_would_make_every_answer_nan(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(STATIC, tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.input_scale"].zero_()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        LoadError, match=r"layers\.0\.mlp\.up_proj: the scale of all its inputs comes to 0\..*--weight-only"
+    ):
+        load_model(folder)
+    assert load_model(folder, weight_only=True) is not None
+
+
 def test_modelopt_with_nothing_but_its_side_file(tmp_path: Path) -> None:
     source = CHECKPOINTS / "modelopt--fp8-pb-wo"
     folder = Path(shutil.copytree(source, tmp_path / "model"))
