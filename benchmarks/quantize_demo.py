@@ -17,7 +17,6 @@ and, being tied to the output head, is stored once. The tokenizer files are copi
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,9 @@ from awq.quantize.quantizer import AwqQuantizer
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.calibration import WINDOW, calibration_windows
+
 CONFIG = {"w_bit": 4, "q_group_size": 128, "zero_point": True, "version": "GEMM"}
-WINDOW = 512
 COPIED = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -59,19 +59,6 @@ class Quantizer(AwqQuantizer):
 def copy_state(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, metadata: dict[str, Any]) -> None:
     for name, tensor in state.items():
         state[name] = tensor.clone()
-
-
-def calibration_windows(path: Path, tokenizer: PreTrainedTokenizerFast, count: int) -> list[list[int]]:
-    """``count`` windows spread evenly over the calibration files, each behind a boundary token as in training.
-
-    AutoAWQ is given token ids, not texts: it drops every text longer than a window, which here is nearly every file.
-    """
-    windows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        ids = tokenizer(json.loads(line)["text"], add_special_tokens=False)["input_ids"]
-        for start in range(0, len(ids) - WINDOW + 2, WINDOW - 1):
-            windows.append([tokenizer.bos_token_id, *ids[start : start + WINDOW - 1]])
-    return [windows[index * len(windows) // count] for index in range(min(count, len(windows)))]
 
 
 def main() -> None:

@@ -36,8 +36,9 @@ class Comparison:
     """How a candidate differs from a reference. KL divergences of the reference's distribution from the candidate's, in
     nats; bits per byte of UTF-8; shares between 0 and 1; delta-p is the change in probability of the token that comes next.
 
-    ``recipe`` and ``text`` (SHA-256) say what was measured on: numbers of another recipe or text do not compare. ``per_token``
-    are the KL divergences behind the histogram, ``kl_by_position`` pairs of a position in the window and the mean there.
+    ``kernels`` and ``attention`` are what multiplied and attended in the candidate. ``recipe`` and ``text`` (SHA-256) say what
+    was measured on: numbers of another recipe or text do not compare. ``per_token`` are the KL divergences behind the
+    histogram, ``kl_by_position`` pairs of a position in the window and the mean there.
     Standard errors are clustered by window.
     """
 
@@ -50,6 +51,7 @@ class Comparison:
     bytes: int
     bits_per_weight: float
     kernels: tuple[str, ...]
+    attention: str
     mean_kl: Estimate
     median_kl: Estimate
     kl_99: Estimate
@@ -70,7 +72,9 @@ class Comparison:
 
     def data(self) -> dict[str, Any]:
         """For JSON: everything but the single tokens."""
-        plain = ("reference", "candidate", "recipe", "text", "tokens", "windows", "bytes", "bits_per_weight", "kernels")
+        plain = (
+            "reference", "candidate", "recipe", "text", "tokens", "windows", "bytes", "bits_per_weight", "kernels", "attention",
+        )  # fmt: skip
         return {
             **{name: getattr(self, name) for name in plain},
             "standard_errors": "clustered by window",
@@ -90,7 +94,8 @@ class Comparison:
         wide = max(len(label) for label, _ in rows)
         lines = [
             f"reference  {self.reference}",
-            f"candidate  {self.candidate}: {self.bits_per_weight:.2f} bits per weight, kernel {', '.join(self.kernels)}",
+            f"candidate  {self.candidate}: {self.bits_per_weight:.2f} bits per weight, kernel {', '.join(self.kernels)}; "
+            f"attention {self.attention}",
             f"recipe     {self.recipe}: {self.tokens} tokens, {self.windows} windows, text {self.text[:12]}",
             *(f"{label:<{wide}}  {value}" for label, value in rows),
         ]
@@ -263,6 +268,7 @@ def _summary(
         bytes=sum(window.bytes for window in chosen),
         bits_per_weight=candidate.bits_per_weight,
         kernels=tuple(candidate.kernels),
+        attention=candidate.attention,
         mean_kl=mean(kl, clusters),
         median_kl=quantile(kl, 0.5, clusters),
         kl_99=quantile(kl, 0.99, clusters),

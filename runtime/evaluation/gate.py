@@ -3,7 +3,7 @@
 The same model on the same tokens gives the same numbers; only the order of additions differs between machines. So the gate
 does not ask whether a difference could be chance, as it would for other text, but whether there is one: more than
 ``tolerance`` of the baseline, in either direction. An improvement that nobody can explain is a change all the same, most often
-a layer that is no longer quantized. Kernel and bits per weight are part of the baseline for that reason.
+a layer that is no longer quantized. Kernel, attention and bits per weight are part of the baseline for that reason.
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ def baseline_of(comparison: Comparison, settings: dict[str, Any], tolerance: flo
         "text": comparison.text,
         "tokens": comparison.tokens,
         "kernels": list(comparison.kernels),
+        "attention": comparison.attention,
         "bits_per_weight": round(comparison.bits_per_weight, 4),
         "metrics": {name: estimate.data() for name, estimate in comparison.estimates.items()},
     }
@@ -117,6 +118,8 @@ def judge(comparison: Comparison, baseline: dict[str, Any]) -> GateResult:
     changes = []
     if list(comparison.kernels) != baseline["kernels"]:
         changes.append(f"kernels were {', '.join(baseline['kernels'])}, are {', '.join(comparison.kernels)}")
+    if comparison.attention != (was_attention := baseline.get("attention", comparison.attention)):
+        changes.append(f"attention was {was_attention}, is {comparison.attention}")
     if abs(comparison.bits_per_weight - baseline["bits_per_weight"]) > 1e-3:
         changes.append(f"bits per weight were {baseline['bits_per_weight']}, are {comparison.bits_per_weight:.4f}")
     return GateResult(comparison, (*findings, agreement), tuple(changes))

@@ -16,6 +16,7 @@ from attention.base import AttentionError
 from attention.hf import NAME as ATTENTION
 from attention.hf import attention_only, prepare, read_layers
 from attention.registry import select
+from quant.kernels.native import build
 from runtime.checkpoint import Checkpoint
 from runtime.config import EngineConfig
 from runtime.defaults import context_length, load_tokenizer
@@ -46,17 +47,20 @@ class Scorer:
         self.plan = make_plan(checkpoint, **config.loading)
         self.tokenizer = load_tokenizer(config, checkpoint)
         self._pages: OneSequence | None = None
+        self.attention = "Transformers'"
+        """What attends, and over what."""
         if resolve_name(self.plan, config.kv_cache_dtype) != "auto" or config.attention_backend is not None:
             try:
                 layers = read_layers(self.plan.config, self.plan.trust_remote_code)
                 attention_only(self.plan.config.model_type, layers)
                 self.plan = self.plan.dequantizing(layers.absorbed, ABSORBED)
-                # On a CPU the reference: which codes a quantized cache gets depends on the last bit of what was attended.
-                backend = select(layers.attention, self.plan.device, config.attention_backend).backend
+                backend = select(layers.attention, self.plan.device, config.attention_backend, build).backend
                 stored_as = plan_storage(self.plan, layers, config.kv_cache_dtype)
             except AttentionError as error:
                 raise LoadError(f"{checkpoint.folder}: {error}") from error
             self._pages = OneSequence(layers, backend, self.plan.device, stored_as.dtype, stored_as.static)
+            stored = str(stored_as.dtype).removeprefix("torch.")
+            self.attention = f"{backend.name} over pages of {stored}"
         self.model: Any = load(self.plan, ATTENTION if self._pages else None).model
         if self._pages:
             prepare(self.model)

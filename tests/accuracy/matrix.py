@@ -1,8 +1,9 @@
 """The bundled model, quantized by every method that can be had: bits per weight against what was lost.
 
-All arithmetic in float32 and by the reference kernel, so that what is seen is the method and nothing else. Methods without a
-checkpoint are applied to the weights here: rounded by :mod:`tests.accuracy.rounding`, or by the GPTQ of
-:mod:`tests.accuracy.calibrated`, calibrated on text that is not measured on.
+All arithmetic in float32, by the reference kernel and the reference attention, so that what is seen is the method and
+nothing else. AWQ and GPTQ are checkpoints of AutoAWQ and GPTQModel (``benchmarks/quantize_demo*.py``), calibrated on the same
+windows. Methods without a checkpoint are applied to the weights here, by :mod:`tests.accuracy.rounding`; the GPTQ of
+:mod:`tests.accuracy.calibrated` is for models that no library has quantized.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ DOCUMENTS = read_documents("demo")
 
 EXACT, ROUNDED = 1e-5, 0.02
 """Tolerances: where float32 is all that differs between machines (another attention and other matrix multiplications moved mean
-KL by 3e-7), and where its last bit tips a rounding: of inputs, keys, values or GPTQ's columns (2.4e-3)."""
+KL by 3e-7), and where its last bit tips a rounding: of inputs, keys or values (2.4e-3)."""
 
 Quantizer = Callable[[Tensor, Scheme, LinearShape], QuantWeight]
 
@@ -45,7 +46,7 @@ Quantizer = Callable[[Tensor, Scheme, LinearShape], QuantWeight]
 @dataclass(frozen=True)
 class Row:
     """A method. ``config`` is of a model to load; otherwise the weights of ``demo-bf16`` become ``kind`` in groups of
-    ``group`` inputs (-1: all of them). ``family`` gives its colour."""
+    ``group`` inputs (-1: all of them), by the GPTQ of this suite if ``calibrated``. ``family`` gives its colour."""
 
     name: str
     family: str
@@ -79,13 +80,17 @@ def _on_load(name: str) -> Row:
     return Row(f"load-{name}", "on load", config, tolerance=ROUNDED if name == "fp8" else EXACT)  # fp8 rounds inputs
 
 
+def _cache(name: str) -> Row:
+    config = _plain("demo-bf16", kv_cache_dtype=name, attention_backend="reference")
+    return Row(f"kv-{name.partition('_')[0]}", "inputs or KV", config, tolerance=ROUNDED)
+
+
 ROWS = {
     row.name: row
     for row in (
         Row("bf16", "16 bit", _plain("demo-bf16", dtype="bfloat16"), tolerance=0.25),
         Row("awq-int4-g128", "calibrated", _plain("demo", kernel="reference")),
-        Row("gptq-int4-g128", "calibrated", kind=WeightKind.INT4, group=128, zero_point=True, calibrated=True,
-            tolerance=ROUNDED),
+        Row("gptq-int4-g128", "calibrated", _plain(str(FOLDER / "gptq"), kernel="reference")),
         _int(8, 128), _int(6, 128), _int(4, 32), _int(4, 64), _int(4, 128), _int(4, -1), _int(3, 32), _int(3, 128),
         Row("int8-channel", "rounded", kind=WeightKind.INT8),
         Row("fp8-channel", "float", kind=WeightKind.FP8),
@@ -94,8 +99,7 @@ ROWS = {
         Row("mxfp4", "float", kind=WeightKind.E2M1, group=32),
         _on_load("int4"), _on_load("fp8"), _on_load("mxfp4"),
         Row("w8a8-int8", "inputs or KV", kind=WeightKind.INT8, activation=Activation(WeightKind.INT8), tolerance=ROUNDED),
-        Row("kv-int8", "inputs or KV", _plain("demo-bf16", kv_cache_dtype="int8"), tolerance=ROUNDED),
-        Row("kv-fp8", "inputs or KV", _plain("demo-bf16", kv_cache_dtype="fp8_e4m3"), tolerance=ROUNDED),
+        _cache("int8"), _cache("fp8_e4m3"),
     )
 }  # fmt: skip
 

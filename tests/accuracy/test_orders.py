@@ -78,6 +78,14 @@ def test_calibration_wins_where_there_are_outliers(method: str, report: Callable
         assert calibrated < 1.1 * loss("plain", "int4-g128")
 
 
+@pytest.mark.parametrize("name", ["awq-int4-g128", "gptq-int4-g128"])
+def test_checkpoints_of_real_libraries_lose_less_than_rounding(name: str) -> None:
+    row = matrix.ROWS[name]
+    found = compare(matrix.candidate(row))
+    assert found.bits_per_weight < 4.2
+    assert MARGIN * found.mean_kl.value < loss("plain", "int4-g128")
+
+
 def test_outliers_do_not_change_the_function_but_its_rounding() -> None:
     hard = Scorer(EngineConfig("demo-bf16", dtype="float32"))
     inject_outliers(hard.model)

@@ -31,8 +31,12 @@ def test_diff_of_two_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize(
     ("options", "low", "high"),
-    [(["--kv-cache-dtype", "int8"], 1e-5, 1e-3), (["--kernel", "cpu"], -1e-12, 1e-9)],
-    ids=["cache", "kernel"],
+    [
+        (["--kv-cache-dtype", "int8"], 1e-5, 1e-3),
+        (["--kernel", "cpu"], -1e-12, 1e-9),
+        (["--attention-backend", "cpu"], -1e-12, 1e-9),
+    ],
+    ids=["cache", "kernel", "attention"],
 )
 def test_diff_of_one_checkpoint_with_itself_otherwise(
     options: list[str], low: float, high: float, capsys: pytest.CaptureFixture[str]

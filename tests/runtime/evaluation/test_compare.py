@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from runtime import EngineConfig, Error, InvalidRequest
+from runtime import EngineConfig, Error, InvalidRequest, LoadError
 from runtime.evaluation import compare as module
 from runtime.evaluation.compare import Comparison, compare_scorers
 from runtime.evaluation.scorer import Scorer
@@ -104,11 +104,24 @@ def test_the_engine_and_its_quantized_caches_are_candidates(candidate: Scorer) -
     assert 1e-7 < kl["bf16"] < 1e-4 < kl["int8"] * 10
     assert kl["bf16"] < kl["int8"] < kl["fp8_e4m3"] < 0.01
     assert found["int8"].layers == ()
+    assert found["int8"].attention in ("cpu over pages of int8", "paged over pages of int8")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_an_attention_backend_is_a_candidate(candidate: Scorer, backend: str) -> None:
     ids = list(range(100, 160))
-    paged = Scorer(EngineConfig("demo", dtype="float32", attention_backend="reference"))
+    paged = Scorer(EngineConfig("demo", dtype="float32", attention_backend=backend))
     for length in (20, 60, 7):  # a window longer than the pages of the one before, and a shorter one
         torch.testing.assert_close(paged.logits(ids[:length]), candidate.logits(ids[:length]), rtol=0, atol=1e-3)
-    assert compare_scorers(candidate, paged, DOCUMENTS, **SIZES).mean_kl.value < 1e-9
+    found = compare_scorers(candidate, paged, DOCUMENTS, **SIZES)
+    assert found.mean_kl.value < 1e-9
+    assert found.attention == f"{backend} over pages of float32"
+    assert f"attention {backend} over pages" in str(found)
+
+
+def test_an_attention_backend_that_cannot_is_refused() -> None:
+    with pytest.raises(LoadError, match="no attention backend can run this model on cpu"):
+        Scorer(EngineConfig("demo", device="cpu", attention_backend="paged"))
 
 
 def test_it_is_json_and_a_figure_for_light_and_dark(comparison: Comparison) -> None:

@@ -70,12 +70,12 @@ def test_the_tolerance_can_be_set_and_is_remembered(copy: Path) -> None:
     assert run(copy) == 1
 
 
-def test_another_kernel_or_size_is_a_change(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_kernel_attention_or_size_is_a_change(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = json.loads(copy.read_text())
-    copy.write_text(json.dumps(content | {"kernels": ["cpu", "torch"], "bits_per_weight": 16.0}))
+    copy.write_text(json.dumps(content | {"kernels": ["cpu", "torch"], "attention": "cpu", "bits_per_weight": 16.0}))
     assert run(copy, "--json") == 1
     found = json.loads(capsys.readouterr().out)
-    assert [change.split()[0] for change in found["changes"]] == ["kernels", "bits"]
+    assert [change.split()[0] for change in found["changes"]] == ["kernels", "attention", "bits"]
     assert not found["passed"]
 
 
