@@ -1,5 +1,5 @@
 # make demo: install and generate with the bundled AWQ model.   make test: everything.   make check: lint, format, types.
-# make accuracy: what every method loses.   make architectures: the sweep behind ARCHITECTURES.md.
+# make accuracy: what every method loses, and the fidelity of every kernel.   make architectures: the sweep behind ARCHITECTURES.md.
 PYTHON ?= python3
 BIN := .venv/bin
 

@@ -22,6 +22,8 @@ text { fill: var(--ink); } .quiet { fill: var(--quiet); } .title { font-weight: 
 LEFT, TOP, BOTTOM, RIGHT = 74, 34, 44, 18
 GAPS, SHIFTS = (8, 30, 60, 90, 130), [13 * step for step in range(-8, 9)]
 """Pixels across and up or down that a name may be from its point."""
+CHARACTER = 7.2
+"""Pixels that a character of a name may take, in a wide font."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Axis:
         shown = [value for value in values if math.isfinite(value) and (value > 0 or not log)] or [1.0]
         low, high = (0.0 if zero else min(shown)), max(shown)
         if log:
-            return cls(low / 1.5, high * 1.5, title, log)
+            room = (high / low) ** 0.06 if high > low else 1.5
+            return cls(low / room, high * room, title, log)
         room = 0.06 * (high - low) or 0.5 * abs(high) or 1.0
         return cls(low if zero else low - room, high + room, title)
 
@@ -113,15 +116,24 @@ class Panel:
             f"<title>{escape(hint)}</title></circle>"
         )
 
+    def legend(self, names: Sequence[tuple[int, str]]) -> None:
+        """What the colours stand for, at the right of the title."""
+        end = self.right
+        for colour, name in reversed(names):
+            end -= CHARACTER * len(name)
+            self._text(end, self.top - 14, name, "start", "")
+            self.parts.append(f'<circle class="fill c{colour}" cx="{end - 9:.1f}" cy="{self.top - 18:.1f}" r="4"/>')
+            end -= 28
+
     def labels(self, entries: Sequence[tuple[float, float, str]]) -> None:
         """Names beside points, as near as none covers another or a point; a line leads to those that had to move."""
         points = [(self.across(x), self.up(y), name) for x, y, name in entries]
         taken = [(x - 5, y - 5, x + 5, y + 5) for x, y, _ in points]
         for x, y, name in sorted(points, key=lambda point: (point[1], point[0])):
-            wide = 6.6 * len(name)
+            wide = CHARACTER * len(name)
             starts = [(start, gap) for gap in GAPS for start in (x + gap, x - gap - wide)]
-            near = sorted(((gap + abs(shift), start, y + shift) for start, gap in starts for shift in SHIFTS))
-            boxes = [(start, middle - 6, start + wide, middle + 6) for _, start, middle in near]
+            near = sorted(((gap + abs(shift), -start, y + shift) for start, gap in starts for shift in SHIFTS))
+            boxes = [(-start, middle - 6, wide - start, middle + 6) for _, start, middle in near]
             free = (box for box in boxes if self._inside(box) and not any(_overlap(box, other) for other in taken))
             box = next(free, boxes[0])
             taken.append(box)
@@ -130,7 +142,8 @@ class Panel:
                 self.parts.append(
                     f'<line class="grid" x1="{x:.1f}" y1="{y:.1f}" x2="{end:.1f}" y2="{box[1] + 6:.1f}"/>'
                 )
-            self._text(box[0], box[1] + 10, name, "start", "quiet")
+            at_left = box[0] < x
+            self._text(box[2] if at_left else box[0], box[1] + 10, name, "end" if at_left else "start", "quiet")
 
     def _inside(self, box: tuple[float, float, float, float]) -> bool:
         return self.left <= box[0] and box[2] <= self.right and self.top <= box[1] and box[3] <= self.bottom

@@ -79,10 +79,10 @@ def evaluate_tasks(
     ``local`` stands for the tasks that need no download. ``include_path`` is a folder of tasks of your own, ``limit`` the
     questions of each. Raises :class:`Error` if lm-eval is not installed and :class:`InvalidRequest` for tasks it does not know.
     """
-    evaluator, manager, version = _lm_eval(include_path)
     names = [local for name in tasks for local in (KINDS if name == "local" else [name])]
     if not names:
         raise InvalidRequest(f"no task: name some, or local for {', '.join(KINDS)}.")
+    evaluator, manager, version = _lm_eval(include_path, [name for name in names if name not in KINDS])
     unknown = [name for name in names if name not in KINDS and not manager.match_tasks([name])]
     if unknown:
         raise InvalidRequest(
@@ -103,14 +103,19 @@ def mcnemar(lost: int, gained: int) -> float:
     return min(1.0, 2 * tail / 2**flips)
 
 
-def _lm_eval(include_path: str | None) -> tuple[Any, Any, str]:
+def _lm_eval(include_path: str | None, wanted: list[str]) -> tuple[Any, Any, str]:
+    """lm-eval's evaluator, what knows its tasks, and its version. Its own tasks are thousands of files, which take seconds to
+    list: only where one of ``wanted`` is not among the user's."""
     try:
         import lm_eval
         from lm_eval import evaluator
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise Error(f"tasks need lm-eval ({error}): pip install 'relinear[eval]'.") from error
-    return evaluator, TaskManager(include_path=include_path), str(lm_eval.__version__)
+    manager = TaskManager(include_path=include_path, include_defaults=False)
+    if not all(manager.match_tasks([name]) for name in wanted):
+        manager = TaskManager(include_path=include_path)
+    return evaluator, manager, str(lm_eval.__version__)
 
 
 def _run(evaluator: Any, config: EngineConfig, names: list[str], options: dict[str, Any], progress: bool) -> Any:

@@ -1,4 +1,5 @@
-"""``make accuracy``: the whole matrix, its gates, and its figures. ``--update`` writes the baselines from this run."""
+"""``make accuracy``: what every method loses, its gates and its figures; and the runtime fidelity of every format, kernel and
+path. ``--update`` writes the baselines from this run."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from tests.accuracy import matrix
+from tests.accuracy import fidelity, matrix
 
 README = Path(__file__).parents[2] / "README.md"
 START, END = "<!-- accuracy: written by python -m tests.accuracy -->", "<!-- /accuracy -->"
@@ -31,7 +32,8 @@ def main() -> int:
     torch.use_deterministic_algorithms(True, warn_only=True)
     failed = []
     for name, row in matrix.ROWS.items():
-        found = matrix.measure(row)
+        scorer = matrix.candidate(row)
+        found, weights = matrix.measure(row, scorer), matrix.weights_of(row, scorer)
         print(
             f"{name:<16} {found.bits_per_weight:6.2f} bits  KL {found.mean_kl.value:.6f} ± {found.mean_kl.standard_error:.6f}  "
             f"99 % {found.kl_99.value:.4f}  top-1 {100 * found.top1_agreement.value:.2f} %  "
@@ -39,12 +41,20 @@ def main() -> int:
             flush=True,
         )
         if update:
-            matrix.update(row, found)
+            matrix.update(row, found, weights)
         else:
-            result = matrix.check(row, found)
+            result = matrix.check(row, found, weights)
             if not result.passed:
                 failed.append(name)
                 print(result)
+    print(
+        f"\nRuntime fidelity: mean KL to Transformers with dequantized weights, in float32\n{fidelity.header()}",
+        flush=True,
+    )
+    for line in fidelity.table():
+        print(fidelity.line(line), flush=True)
+        if line.failures:
+            failed.append(f"{line.model} ({line.kernels})")
     if failed:
         print(f"FAILED: {', '.join(failed)}", file=sys.stderr)
         return 1

@@ -8,9 +8,10 @@ windows. Methods without a checkpoint are applied to the weights here, by :mod:`
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ from torch import Tensor, nn
 
 from quant.activation import quantize_dequantize
 from quant.base import Activation, LinearShape, QuantWeight, Scheme, WeightKind
+from quant.linear import QuantLinear
 from quant.reference import dequantize
 from runtime import Comparison, EngineConfig
 from runtime.evaluation.chart import Axis, Panel, figure
 from runtime.evaluation.compare import compare_scorers
-from runtime.evaluation.gate import baseline_of, judge, read_baseline, write_baseline
+from runtime.evaluation.gate import GateResult, baseline_of, judge, read_baseline, write_baseline
 from runtime.evaluation.scorer import Scorer
 from runtime.evaluation.text import read_documents, windows
 from tests.accuracy.calibrated import gptq, inputs_of, linears
@@ -162,21 +164,37 @@ def candidate(row: Row) -> Scorer:
     return Scorer(row.config) if row.config else Rounded(row)
 
 
-def measure(row: Row, tokens: int = TOKENS) -> Comparison:
-    return compare_scorers(reference(), candidate(row), DOCUMENTS, tokens=tokens, window=WINDOW, layers=False)
+def measure(row: Row, scorer: Scorer | None = None) -> Comparison:
+    return compare_scorers(reference(), scorer or candidate(row), DOCUMENTS, tokens=TOKENS, window=WINDOW, layers=False)
+
+
+def weights_of(row: Row, scorer: Scorer) -> str | None:
+    """SHA-256 of the dequantized weights of a checkpoint, the same on every machine: a nibble shows that is too small for the
+    loss to tell. ``None`` for what is rounded here, or not at all."""
+    digest = hashlib.sha256()
+    layers = {name: layer for name, layer in scorer.model.named_modules() if isinstance(layer, QuantLinear)}
+    for name, layer in layers.items():
+        assert layer.quant_weight is not None
+        digest.update(name.encode() + dequantize(layer.quant_weight).numpy().tobytes())
+    return digest.hexdigest() if layers and row.family == "calibrated" else None
 
 
 def baseline_file(row: Row) -> Path:
     return BASELINES / f"{row.name}.json"
 
 
-def update(row: Row, comparison: Comparison) -> None:
+def update(row: Row, comparison: Comparison, weights: str | None) -> None:
     settings = {"reference": "demo-bf16", "reference_dtype": "float32", "text": "demo", **SETTINGS}
-    write_baseline(baseline_file(row), baseline_of(comparison, settings, row.tolerance))
+    baseline = baseline_of(comparison, settings, row.tolerance)
+    write_baseline(baseline_file(row), baseline | ({"weights": weights} if weights else {}))
 
 
-def check(row: Row, comparison: Comparison) -> Any:
-    return judge(comparison, read_baseline(baseline_file(row)))
+def check(row: Row, comparison: Comparison, weights: str | None) -> GateResult:
+    baseline = read_baseline(baseline_file(row))
+    result = judge(comparison, baseline)
+    if weights == baseline.get("weights"):
+        return result
+    return replace(result, changes=(*result.changes, "weights are not those that were committed"))
 
 
 def committed() -> dict[str, dict[str, Any]]:
@@ -218,8 +236,10 @@ def _scatter(points: dict[str, tuple[float, float]], title: str, across: str) ->
         title,
         Axis.around([x for x, _ in points.values()], across, log=True),
         Axis.around([kl for _, kl in points.values()], "mean KL to the original [nat]", log=True),
-        height=430,
+        height=560,
     )
+    shown = {ROWS[name].family for name in points}
+    panel.legend([(place, family) for place, family in enumerate(families) if family in shown])
     for name, (x, kl) in points.items():
         panel.point(x, kl, families.index(ROWS[name].family), hint=f"{name}: {x:.2f}, {kl:.3g} nat")
     panel.labels([(x, kl, name) for name, (x, kl) in points.items()])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import pytest
 from torch import Tensor
@@ -18,18 +17,22 @@ from tests.accuracy.__main__ import README, readme_with_table
 @pytest.mark.parametrize("name", matrix.ROWS)
 def test_method_loss_is_as_committed(name: str, report: Callable[[str], None]) -> None:
     row = matrix.ROWS[name]
-    found = matrix.measure(row)
+    scorer = matrix.candidate(row)
+    found = matrix.measure(row, scorer)
     report(f"accuracy  {name:<16} {found.bits_per_weight:6.2f} bits per weight, mean KL {found.mean_kl.value:.6f}")
-    result = matrix.check(row, found)
+    result = matrix.check(row, found, matrix.weights_of(row, scorer))
     assert result.passed, str(result)
 
 
-@pytest.mark.parametrize("place", [(0, 0, 0x08), (255, 100, 0x80), (40, 300, 0x08)], ids=str)
+@pytest.mark.parametrize(
+    ("output", "byte", "mask", "by_numbers"),
+    [(0, 0, 0x08, True), (255, 100, 0x80, True), (40, 300, 0x08, True), (7, 11, 0x01, False)],
+)
 def test_one_weight_changed_in_one_layer_fails_the_gate(
-    place: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+    output: int, byte: int, mask: int, by_numbers: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first down_proj that the method repacks gets the top bit of one of its 196,608 nibbles flipped."""
-    output, byte, mask = place
+    """The first down_proj that the method repacks gets one bit of one of its 196,608 nibbles flipped. The top bit shows in the
+    loss; what does not, in the weights."""
     real = AWQ.repack
     flipped: list[str] = []
 
@@ -42,9 +45,12 @@ def test_one_weight_changed_in_one_layer_fails_the_gate(
 
     monkeypatch.setattr(AWQ, "repack", repack)
     row = matrix.ROWS["awq-int4-g128"]
-    result: Any = matrix.check(row, matrix.measure(row))
+    scorer = matrix.candidate(row)
+    result = matrix.check(row, matrix.measure(row, scorer), matrix.weights_of(row, scorer))
     assert flipped
     assert not result.passed
+    assert result.changes == ("weights are not those that were committed",)
+    assert any(finding.verdict != "ok" for finding in result.findings) or not by_numbers
 
 
 def test_the_table_and_the_figures_are_those_of_the_baselines() -> None:

@@ -14,6 +14,8 @@ WEIGHTS = f"{FORMATS}::test_weights_are_those_that_the_writer_dequantizes"
 ALONE = "tests/runtime/test_engine.py::test_greedy_tokens_are_those_of_each_sequence_alone"
 ATTENTION = "tests/attention/test_reference.py::test_every_token_gets_what_the_definition_says"
 CACHE = "tests/runtime/test_scheduler.py"
+FIDELITY = "tests/accuracy/test_fidelity.py::test_every_path_and_kernel[autoawq--gemm-g128]"
+LOSS = "tests/accuracy/test_matrix.py::test_method_loss_is_as_committed"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,17 @@ MUTANTS = (
         (f"{LOGITS}[autoawq--gemm-g128]", "tests/quant/test_round_trips.py::test_awq_gemm"),
     ),
     Mutant(
+        "one nibble of one layer flipped in the AWQ method",
+        "quant/methods/awq.py",
+        "        parts = self._layout.read(tensors, scheme, shape)\n        return settled(",
+        "        parts = self._layout.read(tensors, scheme, shape)\n"
+        "        if shape.in_features == 768 and not hasattr(self, 'flipped'):\n"
+        "            object.__setattr__(self, 'flipped', True)\n"
+        "            parts.q[7, 11] ^= 1\n"
+        "        return settled(",
+        (f"{LOSS}[awq-int4-g128]",),
+    ),
+    Mutant(
         "zero off by one",
         "quant/reference.py",
         "codes.to(torch.float32) - zero",
@@ -65,14 +78,14 @@ MUTANTS = (
         "quant/kernels/cpu.py",
         "centre = 2 ** (bits - 1) - 2 ** (kind.bits - 1)",
         "centre = 2 ** (bits - 1) - 2 ** (kind.bits - 1) - 1",
-        ("tests/quant/test_kernels.py::test_every_kernel_multiplies",),
+        ("tests/quant/test_kernels.py::test_every_kernel_multiplies", FIDELITY),
     ),
     Mutant(
         "neighbour's scale in the C kernel",
         "quant/kernels/cpu.py",
         '"scale": tiled(weight.scale.view(-1, groups))',
         '"scale": tiled(weight.scale.view(-1, groups).roll(1, 0))',
-        ("tests/quant/test_kernels.py::test_every_kernel_multiplies",),
+        ("tests/quant/test_kernels.py::test_every_kernel_multiplies", FIDELITY),
     ),
     Mutant(
         "group shifted by one",
@@ -208,14 +221,14 @@ MUTANTS = (
         "runtime/runner.py",
         "batch.positions()[None], batch",
         "torch.cat([torch.arange(chunk.size) for chunk in plan])[None], batch",
-        (f"{ALONE}[llama-budget-7]", f"{ALONE}[llama-ample]"),
+        (f"{ALONE}[llama-budget-7]", f"{ALONE}[llama-ample]", FIDELITY),
     ),
     Mutant(
         "KV scale doubled",
         "attention/kv_dtypes.py",
         "return codes.float() * scale[..., None]",
         "return codes.float() * (2 * scale[..., None])",
-        ("tests/attention/test_kv_dtypes.py::test_the_error_is_at_most_half_a_step",),
+        ("tests/attention/test_kv_dtypes.py::test_the_error_is_at_most_half_a_step", f"{LOSS}[kv-int8]"),
     ),
     Mutant(
         "KV scale doubled in the GPU kernels",
@@ -232,6 +245,7 @@ MUTANTS = (
         (
             "tests/quant/test_writers.py::test_auto_gptq_ran_with_rotary_frequencies_in_float16",
             "tests/quant/test_kernels.py::test_every_kernel_multiplies",
+            FIDELITY,
         ),
     ),
     Mutant(
@@ -268,13 +282,13 @@ MUTANTS = (
         "runtime/blocks.py",
         "parent = self._held[block][1]",
         "parent = self._root(request)",
-        (f"{CACHE}::test_a_full_prefix_is_found_again_and_one_token_is_left",),
+        (f"{CACHE}::test_a_full_prefix_is_found_again_and_one_token_is_left", FIDELITY),
     ),
     Mutant(
         "sampling from the wrong row",
         "runtime/runner.py",
         "rows.append((request, first + chunk.size - 1, None))",
         "rows.append((request, first, None))",
-        (f"{ALONE}[llama-ample]",),
+        (f"{ALONE}[llama-ample]", FIDELITY),
     ),
 )

@@ -1,12 +1,17 @@
 """The pairing of answers is McNemar's; local questions have one right answer; lm-eval's interface is kept.
 
-lm-eval is a heavy extra. Where it is not installed, its one class that we derive from is stood in for, and what a whole run
-gives is left out."""
+lm-eval is a heavy extra, and one of those for development. Where it is not installed, its one class that we derive from is
+stood in for, and what a whole run gives is left out."""
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -15,6 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from runtime import LLM, EngineConfig, Error, InvalidRequest, evaluate_tasks
+from runtime.cli import main
 from runtime.evaluation.local_tasks import ITEMS, KINDS, questions
 from runtime.evaluation.tasks import _scores, mcnemar
 
@@ -114,14 +120,64 @@ def test_without_lm_eval_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch
         evaluate_tasks("demo")
 
 
+@pytest.fixture
+def lm_eval(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The real one, without its own tasks: to list them takes longer than all that is tested here."""
+    module = pytest.importorskip("lm_eval.tasks")
+    monkeypatch.setattr(module, "TaskManager", partial(module.TaskManager, include_defaults=False))
+
+
+@pytest.mark.usefixtures("lm_eval")
 def test_a_whole_run_with_lm_eval() -> None:
-    pytest.importorskip("lm_eval")
-    sides = {name: EngineConfig(name, dtype="float32", max_total_tokens=4096) for name in ("demo", "demo-bf16")}
-    found = evaluate_tasks(sides["demo"], ["relinear_argument"], reference=sides["demo-bf16"], limit=20)
+    reference = EngineConfig("demo-bf16", dtype="float32", max_total_tokens=4096)
+    found = evaluate_tasks(
+        replace(reference, quantization="int3"), ["relinear_argument"], reference=reference, limit=40
+    )
     (score,) = found.scores
-    assert score.items == 20
-    assert score.score > 0.7
+    assert score.items == 40
+    assert score.reference is not None
     assert score.lost is not None
-    assert "relinear_argument" in str(found)
+    assert score.gained is not None
+    assert score.reference > 0.8
+    assert score.lost > 0
+    assert 40 * (score.reference - score.score) == pytest.approx(score.lost - score.gained)
+    assert score.p_value == mcnemar(score.lost, score.gained)
+    assert re.search(r"\[lm-eval 0\.\S+\]", str(found))
     with pytest.raises(InvalidRequest, match="knows no task nothing"):
-        evaluate_tasks(sides["demo"], ["nothing"])
+        evaluate_tasks(reference, ["nothing"])
+
+
+@pytest.mark.usefixtures("lm_eval")
+def test_a_task_of_the_users(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A YAML file and its questions, none of them from anywhere else; from the command line, with a greedy answer."""
+    rows = [{"text": "import os\nimport ", "answer": word} for word in ("sys", "no such module")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "mine.yaml").write_text(
+        f"""
+task: mine
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}, cache_dir: {tmp_path}/cache}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{text}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{until: ["\\n"], max_gen_toks: 4, do_sample: false}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+"""
+    )
+    command = [
+        "eval",
+        "tasks",
+        "demo-bf16",
+        "--tasks",
+        "mine",
+        "--include-path",
+        str(tmp_path),
+        "--reference",
+        "demo-bf16",
+    ]
+    assert main([*command, "--dtype", "float32", "--json"]) == 0
+    (score,) = json.loads(capsys.readouterr().out)["scores"]
+    assert (score["task"], score["metric"], score["items"]) == ("mine", "exact_match", 2)
+    assert score["score"] == score["reference"] <= 0.5
+    assert (score["lost"], score["gained"], score["p_value"]) == (0, 0, 1.0)
