@@ -1,6 +1,6 @@
 """``relinear bench``: SGLang's three questions about speed, with SGLang's flags. One JSON line a run.
 
-serving              over HTTP, as clients meet it: any server with /generate or /v1/completions
+serving              over HTTP, as clients meet it: any server with /generate or /v1/completions; at one concurrency or several
 offline-throughput   the engine and its scheduler, without HTTP
 one-batch            one static batch: the time of its prompts, then of its decoding steps
 """
@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime.bench_client import Answer, run_load
+from runtime.bench_client import Answer, Target, run_load
+from runtime.bench_figure import serving_figure
 from runtime.errors import Error
 from runtime.options import ENGINE, LOADING, Parser, engine_options, loading_options, pick
 
@@ -31,7 +32,15 @@ def add_parsers(parser: Parser) -> None:
     serving.add_argument("--model", metavar="NAME", help="for /v1/completions, if the server asks for it")
     serving.add_argument("--api-key", metavar="KEY")
     serving.add_argument("--request-rate", type=float, default=float("inf"), metavar="R", help="a second; default: all")
-    serving.add_argument("--max-concurrency", type=int, default=8, metavar="N")
+    serving.add_argument(
+        "--max-concurrency",
+        type=int,
+        nargs="+",
+        default=[8],
+        metavar="N",
+        help="requests at a time; a run for each number",
+    )
+    serving.add_argument("--plot", metavar="FILE", help="throughput and latency against concurrency, as SVG")
     offline = kinds.add_parser("offline-throughput", help="the engine, without HTTP")
     offline.set_defaults(run=bench_offline)
     for kind in (serving, offline):
@@ -55,27 +64,28 @@ def add_parsers(parser: Parser) -> None:
 
 def bench_serving(arguments: argparse.Namespace) -> int:
     load = random_load(arguments, vocabulary=1000)
-    answers, seconds = run_load(
-        load,
-        arguments.base_url,
-        arguments.backend,
-        model=arguments.model,
-        api_key=arguments.api_key,
-        rate=arguments.request_rate,
-        concurrency=arguments.max_concurrency,
-        seed=arguments.seed,
-    )
-    good = [answer for answer in answers if answer.error is None]
-    if not good:
-        raise Error(f"no request was answered by {arguments.base_url}: {answers[0].error}")
-    result = {"backend": arguments.backend, "max_concurrency": arguments.max_concurrency}
-    return _finish(arguments, "serving", result | serving_summary(answers, seconds))
+    target = Target(arguments.base_url, arguments.backend, arguments.model, arguments.api_key)
+    status, results = 0, []
+    for concurrency in arguments.max_concurrency:
+        answers, seconds = run_load(
+            load, target, concurrency=concurrency, rate=arguments.request_rate, seed=arguments.seed
+        )
+        if all(answer.error for answer in answers):
+            raise Error(f"no request was answered by {arguments.base_url}: {answers[0].error}")
+        result = {"backend": arguments.backend, "max_concurrency": concurrency, **serving_summary(answers, seconds)}
+        status |= _finish(arguments, "serving", result)
+        results.append(result)
+    if arguments.plot:
+        Path(arguments.plot).write_text(serving_figure({"": results}), encoding="utf-8")
+    return status
 
 
 def serving_summary(answers: Sequence[Answer], seconds: float) -> dict[str, Any]:
-    """Counts, throughput and percentiles of latencies in milliseconds."""
+    """Counts, throughput and percentiles of latencies in milliseconds: to the first token (``ttft``), between pieces
+    (``itl``), a token after the first (``tpot``) and to the end (``e2e``)."""
     good = [answer for answer in answers if answer.error is None]
     gaps = [gap for answer in good for gap in answer.gaps]
+    pace = [sum(answer.gaps) / (answer.tokens - 1) for answer in good if answer.tokens > 1]
     return {
         "completed": len(good),
         "failed": len(answers) - len(good),
@@ -84,6 +94,7 @@ def serving_summary(answers: Sequence[Answer], seconds: float) -> dict[str, Any]
         "output_throughput": sum(answer.tokens for answer in good) / seconds,
         **_percentiles("ttft_ms", [answer.first for answer in good]),
         **_percentiles("itl_ms", gaps),
+        **_percentiles("tpot_ms", pace),
         **_percentiles("e2e_ms", [answer.seconds for answer in good]),
     }
 

@@ -1,8 +1,9 @@
 """The one thread that turns the engine, seen from an event loop.
 
 Everything that touches the engine runs on that thread: other threads hand it functions, which it calls between two steps.
-So an abort takes effect within one step. Answers go back to the loop once a step; a reader that is slow gets them merged
-into larger pieces, so what waits for it never exceeds its own answer.
+So an abort takes effect within one step. Answers go back to the loop once a step, or :data:`PIECES_PER_SECOND` times where
+steps are shorter than that, but for beginnings and ends, which go at once: every piece that is sent keeps the interpreter
+from the next step. A reader that is slow gets its pieces merged, so what waits for it never exceeds its own answer.
 
 If the engine cannot be loaded or stops, every stream gets the error and ``on_end`` is called: nobody waits for ever.
 """
@@ -14,6 +15,7 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 IDLE_SECONDS = 1.0
 """How long an idle thread sleeps before it says again that it is alive."""
+PIECES_PER_SECOND = 60
+"""As many as a screen shows; nobody sees more."""
 
 
 @dataclass(eq=False)
@@ -44,6 +48,7 @@ class Stream:
     accepted: asyncio.Future[None]
     submitted: float = field(default_factory=time.monotonic)
     token_times: dict[tuple[int, int], tuple[float, float]] = field(default_factory=dict)
+    begun: bool = False
     closed: bool = False
     left: int = 0
     error: Exception | None = None
@@ -97,7 +102,8 @@ class Stream:
 class Worker:
     """Loads the engine of ``config`` on a thread and serves streams from it.
 
-    ``on_ready()`` and ``on_end(error)`` are called on the event loop, ``on_delta(stream, delta)`` as well, for each piece.
+    ``on_ready()`` and ``on_end(error)`` are called on the event loop, ``on_delta(stream, delta, when)`` as well, for what
+    each step gave, with the time (``time.monotonic``) of the step's end.
     """
 
     def __init__(
@@ -105,7 +111,7 @@ class Worker:
         config: EngineConfig,
         on_ready: Callable[[], None] = lambda: None,
         on_end: Callable[[Exception], None] = lambda error: None,
-        on_delta: Callable[[Stream, Delta], None] = lambda stream, delta: None,
+        on_delta: Callable[[Stream, Delta, float], None] = lambda stream, delta, when: None,
     ):
         self.config = config
         self.engine: Engine | None = None
@@ -116,6 +122,10 @@ class Worker:
         self._on_ready, self._on_end, self._on_delta = on_ready, on_end, on_delta
         self._inbox: queue.SimpleQueue[Callable[[Engine], None]] = queue.SimpleQueue()
         self._routes: dict[int, tuple[Stream, int]] = {}
+        self._outbox: deque[tuple[Stream, int, Delta, float]] = deque()
+        self._delivery: asyncio.TimerHandle | None = None
+        self._delivered = 0.0
+        self._announced = False
         self._calls: set[asyncio.Future[Any]] = set()
         self._stopping = False
         self._loop: asyncio.AbstractEventLoop
@@ -241,9 +251,18 @@ class Worker:
             engine.abort(uid)
 
     def _send(self, deltas: list[Delta]) -> None:
-        pieces = [(*self._routes[delta.uid], delta) for delta in deltas if delta.uid in self._routes]
-        if pieces:
-            self._post(lambda: self._deliver(pieces))
+        now, urgent = time.monotonic(), False
+        for delta in deltas:
+            if delta.uid in self._routes:
+                stream, place = self._routes[delta.uid]
+                self._outbox.append((stream, place, delta, now))
+                urgent |= not stream.begun or delta.finish_reason is not None
+                stream.begun = True
+        if urgent:
+            self._post(self._deliver)
+        elif self._outbox and not self._announced:
+            self._announced = True
+            self._post(self._deliver_soon)
 
     def _post(self, function: Callable[[], Any]) -> None:
         try:
@@ -253,12 +272,25 @@ class Worker:
 
     # Back on the event loop ---------------------------------------------------------------------------------------
 
-    def _deliver(self, pieces: list[tuple[Stream, int, Delta]]) -> None:
-        for stream, place, delta in pieces:
-            self._on_delta(stream, delta)
+    def _deliver_soon(self) -> None:
+        """Deliver what is in the outbox, now or when it is time for the next pieces."""
+        if self._delivery is None:
+            due = self._delivered + 1 / PIECES_PER_SECOND
+            self._delivery = self._loop.call_at(due, self._deliver)
+
+    def _deliver(self) -> None:
+        if self._delivery is not None:
+            self._delivery.cancel()
+            self._delivery = None
+        self._delivered = self._loop.time()
+        self._announced = False  # before the outbox is emptied: what comes now is announced again
+        while self._outbox:
+            stream, place, delta, when = self._outbox.popleft()
+            self._on_delta(stream, delta, when)
             stream.deliver(place, delta)
 
     def _end(self, error: Exception) -> None:
+        self._deliver()
         self.error = error
         self._fail_all(EngineDead(str(error)))
         self._on_end(error)

@@ -1,7 +1,7 @@
 """What every request has to pass before any route sees it: host, key, size, patience.
 
-It reads the whole body, within limits, and only then calls the application; it also limits how long a client may take to
-accept what is sent. Plain ASGI, because anything that wraps streaming breaks the notice of a disconnect.
+It reads the whole body, within limits, and only then calls the application. Plain ASGI, because anything that wraps streaming
+breaks the notice of a disconnect.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ logger = logging.getLogger(__name__)
 PUBLIC = frozenset({"/health"})
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 READ_SECONDS = 30.0
-WRITE_SECONDS = 60.0
 MAX_HEADER_BYTES = 32 * 1024
 
 
@@ -33,7 +32,6 @@ class Limits:
     keys: Sequence[str] = ()
     max_body_bytes: int = 8 * 2**20
     read_seconds: float = READ_SECONDS
-    write_seconds: float = WRITE_SECONDS
 
 
 class Refused(Exception):
@@ -76,7 +74,7 @@ class Gate:
             return
         if body is None:
             return
-        await self.app(scope, _replay(body, receive), self._patient(send))
+        await self.app(scope, _replay(body, receive), send)
 
     def _check_host(self, headers: _Headers) -> None:
         """A page of another site that resolves to this address (DNS rebinding) still sends its own name."""
@@ -122,15 +120,6 @@ class Gate:
         except TimeoutError:
             raise Refused(408, f"the body was not complete after {self.limits.read_seconds:g} s.") from None
         return b"".join(parts)
-
-    def _patient(self, send: Any) -> Any:
-        """``send``, but a client that accepts nothing for too long is dropped."""
-
-        async def limited(message: Any) -> None:
-            async with asyncio.timeout(self.limits.write_seconds):
-                await send(message)
-
-        return limited
 
 
 class _Headers:

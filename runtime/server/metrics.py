@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,12 +29,14 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._model_name = model_name
         self._worker: Worker | None = None
-        self._histograms = {
-            name: Histogram(f"relinear:{name}", text, ["model_name"], buckets=SECONDS, registry=self.registry)
+        self._latencies = {
+            name: Histogram(f"relinear:{name}", text, ["model_name"], buckets=SECONDS, registry=self.registry).labels(
+                model_name
+            )
             for name, text in LATENCIES.items()
         }
         self._prompt = self._counter("prompt_tokens", "Tokens of prompts that were answered")
-        self._generated = self._counter("generation_tokens", "Tokens that were generated")
+        self._generated = self._counter("generation_tokens", "Tokens that were generated").labels(model_name)
         self._ended = self._counter("request_success", "Samples that ended, by reason", "finished_reason")
         self._rejected = self._counter("requests_rejected", "Requests that were refused, by status", "reason")
         self._aborted = self._counter("aborted", "Requests that were given up, by cause", "cause")
@@ -54,11 +55,11 @@ class Metrics:
     def aborted(self, cause: str) -> None:
         self._aborted.labels(self._model_name, cause).inc()
 
-    def delta(self, stream: Stream, delta: Delta) -> None:
-        """Count what one step gave one sample."""
-        now, key = time.monotonic(), (delta.uid, delta.index)
+    def delta(self, stream: Stream, delta: Delta, now: float) -> None:
+        """Count what one step that ended ``now`` gave one sample."""
+        key = (delta.uid, delta.index)
         if delta.token_ids:
-            self._generated.labels(self._model_name).inc(len(delta.token_ids))
+            self._generated.inc(len(delta.token_ids))
             if key not in stream.token_times:
                 started = stream.submitted + delta.queue_seconds
                 self._observe("time_to_first_token_seconds", now - stream.submitted)
@@ -79,7 +80,7 @@ class Metrics:
         self._prompt.labels(self._model_name).inc(sum(map(len, stream.prompts)))
 
     def _observe(self, name: str, seconds: float) -> None:
-        self._histograms[name].labels(self._model_name).observe(max(0.0, seconds))
+        self._latencies[name].observe(max(0.0, seconds))
 
     def collect(self) -> Iterator[Any]:
         """The engine's numbers, for the registry."""

@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import copy
 import functools
-import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
@@ -262,8 +262,8 @@ class _Events(StreamingResponse):
             self._stream.close()
 
 
-def event(data: Any) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+def event(data: Any) -> bytes:
+    return b"data: %b\n\n" % to_json(data)
 
 
 async def _disconnect(request: Request) -> None:

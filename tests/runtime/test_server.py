@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import httpx
 import openai
@@ -254,9 +255,16 @@ def test_the_small_routes(server: Served, llm: LLM) -> None:
 @pytest.mark.parametrize("backend", ["sglang", "vllm"])
 def test_the_serving_benchmark_drives_it(server: Served, backend: str, tmp_path: Path) -> None:
     file = tmp_path / "results.jsonl"
-    load = ["--num-prompts", "6", "--random-input-len", "8", "--random-output-len", "5", "--max-concurrency", "3"]
-    flags = ["--base-url", server.url, "--backend", backend, "--output-file", str(file)]
+    load = ["--num-prompts", "6", "--random-input-len", "8", "--random-output-len", "5", "--max-concurrency", "1", "3"]
+    plot = tmp_path / "load.svg"
+    flags = ["--base-url", server.url, "--backend", backend, "--output-file", str(file), "--plot", str(plot)]
     assert main(["bench", "serving", *flags, *load]) == 0
-    result = json.loads(file.read_text())
-    assert (result["completed"], result["failed"]) == (6, 0)
-    assert 0 < result["median_ttft_ms"] <= result["p99_e2e_ms"]
+    results = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [result["max_concurrency"] for result in results] == [1, 3]
+    for result in results:
+        assert (result["completed"], result["failed"]) == (6, 0)
+        assert 0 < result["median_ttft_ms"] <= result["p99_e2e_ms"]
+        assert 0 < result["median_tpot_ms"] <= result["p99_tpot_ms"]
+        tokens = result["output_throughput"] * result["duration_s"]
+        assert tokens == pytest.approx(6 * 5)
+    assert ElementTree.parse(plot).getroot().tag.endswith("svg")
