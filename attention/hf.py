@@ -76,7 +76,7 @@ AttentionInterface.register(NAME, attention)
 
 @contextmanager
 def forward_batch(
-    batch: AttentionBatch,
+    batch: AttentionBatch | Sequence[AttentionBatch],
     cache: KVCache,
     backend: AttentionBackend,
     specs: Sequence[AttentionSpec],
@@ -85,10 +85,14 @@ def forward_batch(
 ) -> Iterator[None]:
     """Let ``backend`` answer the attention calls of one packed forward of the model whose ``specs`` were recorded.
 
+    Where the cache's calls are in several groups (:mod:`attention.layout`), ``batch`` is one for each, which differ in their
+    blocks.
     A model with recurrent layers, prepared by :func:`prepare`, keeps their ``states`` of the sequences in the
     slots that ``segments`` name, in the order of the batch.
     """
-    forward = _Serving(batch, cache, backend, specs, states, segments)
+    batches = [batch] if isinstance(batch, AttentionBatch) else batch
+    assert len(batches) == len(cache.layout.reaches)
+    forward = _Serving(batches, cache, backend, specs, states, segments)
     with _under_way(forward):
         yield
     if forward.calls != len(specs):
@@ -98,14 +102,14 @@ def forward_batch(
 class _Serving(Forward):
     def __init__(
         self,
-        batch: AttentionBatch,
+        batches: Sequence[AttentionBatch],
         cache: KVCache,
         backend: AttentionBackend,
         specs: Sequence[AttentionSpec],
         states: StateCache | None,
         segments: Sequence[Segment],
     ) -> None:
-        self.batch, self.cache, self.backend, self.specs = batch, cache, backend, specs
+        self.batches, self.cache, self.backend, self.specs = batches, cache, backend, specs
         self.states, self.segments = states, segments
         self.calls = 0
         self.kept: tuple[Tensor, Tensor] | None = None  # latents that the next call must bring
@@ -128,13 +132,14 @@ class _Serving(Forward):
         seen = call.spec(call.options.get("sliding_window", spec.window), spec.chunk)
         if replace(seen, latent=spec.latent, shares=spec.shares) != spec:
             raise AttentionError(f"{self.describe(call.module)}: it is {seen}, but {spec} was recorded")
-        if call.q.shape[2] != self.batch.slots.shape[0]:
-            raise AttentionError(f"{call.q.shape[2]} tokens came, the batch describes {self.batch.slots.shape[0]}")
+        batch = self.batches[self.cache.layout.groups[self.calls]]
+        if call.q.shape[2] != batch.slots.shape[0]:
+            raise AttentionError(f"{call.q.shape[2]} tokens came, the batch describes {batch.slots.shape[0]}")
 
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (call.q, call.k, call.v))  # [T, H, D]
         if tempers_rows(call.module):
-            q = retemper(call.module, q, self.batch.positions())
-        out = self.backend.forward(self.calls, spec, q, k, v, self.batch, self.cache, call.sinks)
+            q = retemper(call.module, q, batch.positions())
+        out = self.backend.forward(self.calls, spec, q, k, v, batch, self.cache, call.sinks)
         self.calls += 1
         return (out if projection is None else projection.expand(out))[None]
 

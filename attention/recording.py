@@ -14,24 +14,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from types import CodeType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from attention import latent, mixers
-from attention.base import AttentionSpec, UnsupportedAttention
+from attention.base import AttentionSpec, Reach, UnsupportedAttention
 from attention.call import Call, Forward, Original
 from attention.positions import BATCH_DEPENDENT_ROPE, tempers_rows
 from attention.states import MixerSpec
-
-
-class Reach(NamedTuple):
-    """How far back a layer may look: at most one of the two is set."""
-
-    window: int | None = None
-    chunk: int | None = None
 
 
 class Recording(Forward):

@@ -60,10 +60,11 @@ class Runner:
         """Run decoding steps of up to the largest of ``sizes`` sequences, none longer than ``longest`` tokens, by what
         ``capture`` makes of them. The last block of the cache must be nobody's."""
         self.graphs = DecodeGraphs(
-            lambda ids, positions, batch, keep: self._forward(ids, positions, batch, keep, []),
+            lambda ids, positions, batches, keep: self._forward(ids, positions, batches, keep, []),
             capture,
             sizes,
             block_size=self.cache.block_size,
+            groups=len(self.cache.layout.reaches),
             scratch=self.cache.blocks - 1,
             blocks=-(-longest // self.cache.block_size),
             device=self.device,
@@ -76,20 +77,23 @@ class Runner:
         # Of one token each, chunks give a row each, or none: only then is every row of a graph wanted.
         if self.graphs and self.graphs.fits(plan) and len(rows) == len(plan):
             return self._read(rows, self.graphs.run(plan))
-        ids, positions, batch = self._pack(plan)
+        ids, positions, batches = self._pack(plan)
         keep = torch.tensor([row for _, row, _ in rows] or [0], device=self.device)
-        return self._read(rows, self._forward(ids, positions, batch, keep, self._segments(plan)))
+        return self._read(rows, self._forward(ids, positions, batches, keep, self._segments(plan)))
 
-    def _pack(self, plan: Plan) -> tuple[Tensor, Tensor, AttentionBatch]:
-        batch = AttentionBatch.pack(
-            queries=[chunk.size for chunk in plan],
-            kv_lens=[chunk.stop for chunk in plan],
-            tables=[chunk.request.blocks for chunk in plan],
-            block_size=self.cache.block_size,
-            device=self.device,
-        )
+    def _pack(self, plan: Plan) -> tuple[Tensor, Tensor, list[AttentionBatch]]:
+        batches = [
+            AttentionBatch.pack(
+                queries=[chunk.size for chunk in plan],
+                kv_lens=[chunk.stop for chunk in plan],
+                tables=[chunk.request.blocks[group] for chunk in plan],
+                block_size=self.cache.block_size,
+                device=self.device,
+            )
+            for group in range(len(self.cache.layout.reaches))
+        ]
         ids = [token for chunk in plan for token in chunk.request.ids(chunk.start, chunk.stop)]
-        return torch.tensor([ids], device=self.device), batch.positions()[None], batch
+        return torch.tensor([ids], device=self.device), batches[0].positions()[None], batches
 
     def _segments(self, plan: Plan) -> list[Segment]:
         """Where the states of each sequence are, if the model keeps any."""
@@ -119,11 +123,11 @@ class Runner:
         return rows
 
     def _forward(
-        self, ids: Tensor, positions: Tensor, batch: AttentionBatch, keep: Tensor, segments: list[Segment]
+        self, ids: Tensor, positions: Tensor, batches: list[AttentionBatch], keep: Tensor, segments: list[Segment]
     ) -> Logits:
         """Logits of the rows ``keep``. Waits for nothing on the host, unless the model does."""
         options = {"logits_to_keep": keep} if self._keeps_logits else {}
-        with forward_batch(batch, self.cache, self.backend, self.specs, self.states, segments):
+        with forward_batch(batches, self.cache, self.backend, self.specs, self.states, segments):
             logits = self.model(input_ids=ids, position_ids=positions, use_cache=False, **options).logits[0]
         return Logits.of(logits if self._keeps_logits else logits[keep])
 

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from runtime.blocks import BlockPool
+from runtime.blocks import BlockPool, Prefix
 from runtime.request import FinishReason, Request
 
 SCORED_ROWS = 256
@@ -93,7 +93,7 @@ class Scheduler:
             budget = max(0, budget - plan[request].size)
         return list(plan.values())
 
-    def _start(self, request: Request, found: list[int]) -> None:
+    def _start(self, request: Request, found: Prefix) -> None:
         self.running.append(request)
         request.slot = self._slots.pop()
         self.pool.adopt(request, found)
@@ -106,6 +106,7 @@ class Scheduler:
         count = len(request) - request.computed
         if not self.whole_prompts:
             count = min(count, budget, SCORED_ROWS if request.scores_prompt else count)
+        self.pool.give_back(request)
         while not self.pool.grow(request, request.computed + count):
             victim = self.running[-1]
             self._preempt(victim)
