@@ -39,7 +39,7 @@ from attention.call import Call, Forward, Original
 from attention.checks import advice, layers_left_out, require_calls, require_known_states, require_positions
 from attention.intercept import intercept, intercepted
 from attention.kv_cache import KVCache
-from attention.positions import retemper, tempers_rows
+from attention.positions import depends_on_length, retemper, rotate, tempers_rows
 from attention.recording import MaskedRecording, Recording, without_data
 from attention.states import MixerSpec, Segment, StateCache
 
@@ -82,17 +82,19 @@ def forward_batch(
     specs: Sequence[AttentionSpec],
     states: StateCache | None = None,
     segments: Sequence[Segment] = (),
+    lengths: Sequence[int] = (),
 ) -> Iterator[None]:
     """Let ``backend`` answer the attention calls of one packed forward of the model whose ``specs`` were recorded.
 
     Where the cache's calls are in several groups (:mod:`attention.layout`), ``batch`` is one for each, which differ in their
     blocks.
     A model with recurrent layers, prepared by :func:`prepare`, keeps their ``states`` of the sequences in the
-    slots that ``segments`` name, in the order of the batch.
+    slots that ``segments`` name, in the order of the batch. ``lengths``, if given, are those of the sequence of each token
+    [T], for rotary embeddings prepared by :func:`separate_lengths`; 0: no longer than what needs no care.
     """
     batches = [batch] if isinstance(batch, AttentionBatch) else batch
     assert len(batches) == len(cache.layout.reaches)
-    forward = _Serving(batches, cache, backend, specs, states, segments)
+    forward = _Serving(batches, cache, backend, specs, states, segments, lengths)
     with _under_way(forward):
         yield
     if forward.calls != len(specs):
@@ -108,9 +110,10 @@ class _Serving(Forward):
         specs: Sequence[AttentionSpec],
         states: StateCache | None,
         segments: Sequence[Segment],
+        lengths: Sequence[int],
     ) -> None:
         self.batches, self.cache, self.backend, self.specs = batches, cache, backend, specs
-        self.states, self.segments = states, segments
+        self.states, self.segments, self.lengths = states, segments, lengths
         self.calls = 0
         self.kept: tuple[Tensor, Tensor] | None = None  # latents that the next call must bring
         self.shared = {spec.shares for spec in specs if spec.shares is not None}
@@ -190,6 +193,20 @@ def _prepared(model: nn.Module) -> Iterator[None]:
     mixing, expanding = (filter(kind, model.modules()) for kind in (mixers.keeps_state, latent.may_expand))
     with intercepted(mixing, "forward", _mix), intercepted(expanding, latent.METHOD, _expand):
         yield
+
+
+def _rotate(module: nn.Module, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    under_way = _current.get()
+    if isinstance(under_way, _Serving) and under_way.lengths:
+        return rotate(module, original, args, kwargs, under_way.lengths)
+    return original(*args, **kwargs)
+
+
+def separate_lengths(model: nn.Module) -> bool:
+    """Let the rotary embeddings of a loaded model take each sequence's own length; ``False``: they are of unknown kind."""
+    rotary = [module for module in model.modules() if hasattr(module, "rope_type")]  # as those of Transformers have
+    intercept(filter(depends_on_length, rotary), "forward", _rotate)
+    return bool(rotary)
 
 
 class Layers(NamedTuple):

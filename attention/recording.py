@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from attention import latent, mixers
 from attention.base import AttentionSpec, Reach, UnsupportedAttention
 from attention.call import Call, Forward, Original
-from attention.positions import BATCH_DEPENDENT_ROPE, tempers_rows
+from attention.positions import depends_on_length, tempers_rows
 from attention.states import MixerSpec
 
 
@@ -185,10 +185,8 @@ def without_data(model: nn.Module) -> Iterator[None]:
             stubs.append((module, _PADDING_CHECK, lambda *args, **kwargs: None))
     rotary: list[tuple[Any, Any]] = []
     for module in modules:  # some rotary embeddings ask for the largest position and change their frequencies
-        rope_type = getattr(module, "rope_type", None)
-        types = set(rope_type.values() if isinstance(rope_type, dict) else [rope_type])
-        if types & BATCH_DEPENDENT_ROPE.keys():
-            rotary.append((module, rope_type))
+        if depends_on_length(module):
+            rotary.append((module, module.rope_type))
     try:
         model.eval()
         for module, name, stub in stubs:

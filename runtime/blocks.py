@@ -25,7 +25,8 @@ from runtime.request import Request
 if TYPE_CHECKING:
     from attention.base import Reach
 
-Key = tuple[int | str, tuple[int, ...]]
+Root = tuple[str, int]
+Key = tuple[int | Root, tuple[int, ...]]
 GONE = -1
 
 
@@ -105,7 +106,7 @@ class BlockPool:
         """The blocks that hold the first tokens of ``request``; at least one token is left to be computed."""
         found: list[_Cached] = []
         if self.caching and not request.scores_prompt:
-            parent: int | str = self._root(request)
+            parent: int | Root = self._root(request)
             for start in range(0, len(request) - self.size, self.size):
                 cached = self._index.get((parent, tuple(request.ids(start, start + self.size))))
                 if cached is None:
@@ -192,8 +193,8 @@ class BlockPool:
         self.forget([block for block, (cached, _) in self._held.items() if cached.serial in serials])
 
     @staticmethod
-    def _root(request: Request) -> str:
-        return request.params.cache_salt or ""
+    def _root(request: Request) -> Root:
+        return request.params.cache_salt or "", request.factors
 
     # Ownership ----------------------------------------------------------------------------------------------------
 

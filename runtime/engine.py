@@ -31,7 +31,7 @@ from runtime.admission import max_new_tokens
 from runtime.blocks import BlockPool
 from runtime.checkpoint import Checkpoint
 from runtime.config import EngineConfig
-from runtime.defaults import context_length, end_tokens, limit_by_rope, load_tokenizer, sampling_defaults
+from runtime.defaults import context_length, end_tokens, length_factors, load_tokenizer, sampling_defaults
 from runtime.detokenize import Detokenizer
 from runtime.errors import EngineDead, InvalidRequest, LoadError, Overloaded
 from runtime.grammar import GrammarCompiler, Matcher
@@ -103,7 +103,8 @@ class Engine:
         # One block more is nobody's: rows of a graph that stand for no sequence write there.
         blocks, block_size = self.size.blocks, self.size.block_size
         cache = KVCache(specs, blocks + captures, block_size, stored_as.dtype, plan.device, stored_as.static, layout)
-        self.max_model_len = limit_by_rope(plan.config, config.max_model_len, self.size.max_model_len)
+        self.max_model_len = self.size.max_model_len
+        factors = length_factors(plan.config, self.loaded.model, self.max_model_len)
         self.end_tokens = end_tokens(self.loaded.model, self.tokenizer)
         self.sampling_defaults = sampling_defaults(checkpoint)
         self.grammars = GrammarCompiler(self.tokenizer, self.vocabulary, self.end_tokens)
@@ -118,9 +119,10 @@ class Engine:
             max_batched,
             config.max_num_seqs,
             whole_prompts=whole_prompts,
+            factors=factors,
         )
         states = StateCache(mixers, self.scheduler.max_running, plan.device) if mixers else None
-        self.runner = Runner(self.loaded.model, specs, selection.backend, cache, states)
+        self.runner = Runner(self.loaded.model, specs, selection.backend, cache, states, factors)
         graphs = capture_decodes(self.runner, capture, self.scheduler.max_running, self.max_model_len)
         self.report = engine_report(
             self.loaded, self.layers, selection, self.size, layout, str(stored_as), self.max_model_len, graphs

@@ -130,6 +130,8 @@ def reserved_bytes(sizes: Sequence[int], vocabulary: int) -> int:
 def capture_decodes(runner: Runner, capture: Capture | str, most: int, longest: int) -> str:
     """Let ``runner`` decode up to ``most`` sequences of ``longest`` tokens by graphs, if that is possible. What came of it,
     for the report; without a CUDA device, nothing."""
+    if runner.factors is not None and not isinstance(capture, str):
+        capture = "which rotary factors a sequence takes is decided on the host"
     if isinstance(capture, str):
         return "" if runner.device.type == "cpu" else f"none: {capture}"
     sizes, started = batch_sizes(most), time.perf_counter()

@@ -185,7 +185,8 @@ class Request:
     request starts at 0 again.
     ``scored`` prompt tokens have had their log-probabilities reported, which a preemption does not take back. The first
     ``cached`` tokens were found in the cache on first admission, at the time ``started``. ``chain`` identifies the full
-    blocks in the prefix cache. ``slot`` is where recurrent layers keep its state while it runs.
+    blocks in the prefix cache. ``slot`` is where recurrent layers keep its state while it runs. ``factors`` names the
+    rotary factors of what is computed (:mod:`runtime.factors`).
     """
 
     uid: int
@@ -202,6 +203,7 @@ class Request:
     chain: list[int] = field(default_factory=list)
     cached: int = 0
     slot: int | None = None
+    factors: int = 0
     arrived: float = field(default_factory=time.monotonic)
     started: float | None = None
     matcher: Matcher | None = None

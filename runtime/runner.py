@@ -17,6 +17,7 @@ from attention.base import AttentionBackend, AttentionBatch, AttentionSpec
 from attention.hf import forward_batch
 from attention.kv_cache import KVCache
 from attention.states import Segment, StateCache
+from runtime.factors import Factors
 from runtime.grammar import GrammarError
 from runtime.graphs import Capture, DecodeGraphs, Logits
 from runtime.request import Request, TokenLogprob
@@ -45,12 +46,14 @@ class Runner:
         backend: AttentionBackend,
         cache: KVCache,
         states: StateCache | None = None,
+        factors: Factors | None = None,
     ):
         self.model = model
         self.specs = specs
         self.backend = backend
         self.cache = cache
         self.states = states
+        self.factors = factors
         self.device = next(model.parameters()).device
         self.graphs: DecodeGraphs | None = None
         self._keeps_logits = bool(cast(Any, model)._supports_logits_to_keep())
@@ -60,7 +63,7 @@ class Runner:
         """Run decoding steps of up to the largest of ``sizes`` sequences, none longer than ``longest`` tokens, by what
         ``capture`` makes of them. The last block of the cache must be nobody's."""
         self.graphs = DecodeGraphs(
-            lambda ids, positions, batches, keep: self._forward(ids, positions, batches, keep, []),
+            lambda ids, positions, batches, keep: self._forward(ids, positions, batches, keep),
             capture,
             sizes,
             block_size=self.cache.block_size,
@@ -79,7 +82,7 @@ class Runner:
             return self._read(rows, self.graphs.run(plan))
         ids, positions, batches = self._pack(plan)
         keep = torch.tensor([row for _, row, _ in rows] or [0], device=self.device)
-        return self._read(rows, self._forward(ids, positions, batches, keep, self._segments(plan)))
+        return self._read(rows, self._forward(ids, positions, batches, keep, self._segments(plan), self._lengths(plan)))
 
     def _pack(self, plan: Plan) -> tuple[Tensor, Tensor, list[AttentionBatch]]:
         batches = [
@@ -105,6 +108,12 @@ class Runner:
             first += chunk.size
         return segments
 
+    def _lengths(self, plan: Plan) -> list[int]:
+        """For the rotary embedding, the length of the sequence of each token, if that matters."""
+        if self.factors is None:
+            return []
+        return [n for chunk in plan for n in self.factors.lengths(chunk.request, chunk.start, chunk.stop)]
+
     @staticmethod
     def _wanted_rows(plan: Plan) -> list[tuple[Request, int, int | None]]:
         """``(request, row, token)`` of every row whose logits are read; ``token`` is the prompt token to score there,
@@ -123,11 +132,17 @@ class Runner:
         return rows
 
     def _forward(
-        self, ids: Tensor, positions: Tensor, batches: list[AttentionBatch], keep: Tensor, segments: list[Segment]
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        batches: list[AttentionBatch],
+        keep: Tensor,
+        segments: Sequence[Segment] = (),
+        lengths: Sequence[int] = (),
     ) -> Logits:
         """Logits of the rows ``keep``. Waits for nothing on the host, unless the model does."""
         options = {"logits_to_keep": keep} if self._keeps_logits else {}
-        with forward_batch(batches, self.cache, self.backend, self.specs, self.states, segments):
+        with forward_batch(batches, self.cache, self.backend, self.specs, self.states, segments, lengths):
             logits = self.model(input_ids=ids, position_ids=positions, use_cache=False, **options).logits[0]
         return Logits.of(logits if self._keeps_logits else logits[keep])
 

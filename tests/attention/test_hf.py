@@ -20,9 +20,9 @@ from attention import (
     AttentionSpec,
     KVCache,
     UnsupportedAttention,
-    batch_dependent_rope,
     forward_batch,
     hf,
+    length_dependent_rope,
     read_specs,
     record_specs,
 )
@@ -176,15 +176,15 @@ LONGROPE = {
 
 
 def test_long_rotary_embeddings_are_recorded_and_named() -> None:
-    config = tiny_config("phi3", rope_parameters=LONGROPE)
+    config = tiny_config("phi3", rope_parameters=LONGROPE, original_max_position_embeddings=16)
     assert len(read_specs(config)) == 3
-    assert "longrope" in (batch_dependent_rope(config) or "")
+    assert length_dependent_rope(config) == ("longrope", 16)
     dynamic = tiny_config("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
     assert len(read_specs(dynamic)) == 3
-    assert "dynamic" in (batch_dependent_rope(dynamic) or "")
-    assert batch_dependent_rope(tiny_config("llama-tied-rope3")) is None
-    assert batch_dependent_rope(tiny_config("gemma3")) is None
-    assert batch_dependent_rope(tiny_config("gpt2")) is None
+    assert length_dependent_rope(dynamic) == ("dynamic", 128)
+    assert length_dependent_rope(tiny_config("llama-tied-rope3")) is None
+    assert length_dependent_rope(tiny_config("gemma3")) is None
+    assert length_dependent_rope(tiny_config("gpt2")) is None
 
 
 # Refusals before any weight is read -----------------------------------------------------------------------------------
