@@ -43,7 +43,8 @@ ROPES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module", params=ROPES)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[list[int]]]:
-    """A folder, and what ``generate`` of a fresh model, with its cache, answers to each prompt alone."""
+    """A folder, and what a fresh model answers to each prompt alone: longrope as forwards over all tokens say (so does
+    ``generate`` of Transformers 5.23, whose Phi-3 computes its cache anew), dynamic as ``generate`` with a cache does."""
     name, changes = ROPES[request.param]
     folder = tmp_path_factory.mktemp(request.param)
     tiny_model(name, **changes).save_pretrained(folder)
@@ -52,8 +53,9 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         model = tiny_model(name, **changes)
         model.generation_config.eos_token_id = None
         ids = torch.tensor([prompt])
+        cached = request.param == "dynamic"
         out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, use_cache=True
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, use_cache=cached
         )
         answers.append(out[0, len(prompt) :].tolist())
     return str(folder), answers
