@@ -36,12 +36,13 @@ from transformers import (
 from attention import latent, mixers
 from attention.base import AttentionBackend, AttentionBatch, AttentionError, AttentionSpec, UnsupportedAttention
 from attention.call import Call, Forward, Original
-from attention.checks import advice, layers_left_out, require_calls, require_known_states, require_positions
+from attention.checks import explain, layers_left_out, require_calls, require_known_states, require_positions
 from attention.intercept import intercept, intercepted
 from attention.kv_cache import KVCache
 from attention.positions import depends_on_length, retemper, rotate, tempers_rows
 from attention.recording import MaskedRecording, Recording, without_data
 from attention.states import MixerSpec, Segment, StateCache
+from attention.time_steps import bound_time_steps
 
 NAME = "relinear"  # Transformers reads a meaning into names with "flash", "sdpa", "paged|" or a slash
 
@@ -183,7 +184,10 @@ def _expand(module: nn.Module, original: Original, args: tuple[Any, ...], kwargs
 def prepare(model: nn.Module) -> None:
     """Let the recurrent layers of a loaded model, if there are any, keep each sequence's states apart, and those with latent
     attention hand over their latents."""
-    intercept(filter(mixers.keeps_state, model.modules()), "forward", _mix)
+    mixing = list(filter(mixers.keeps_state, model.modules()))
+    intercept(mixing, "forward", _mix)
+    for mixer in mixing:
+        bound_time_steps(mixer)
     intercept(filter(latent.may_expand, model.modules()), latent.METHOD, _expand)
 
 
@@ -254,10 +258,10 @@ def read_layers(
                 config, attn_implementation=NAME, trust_remote_code=trust_remote_code, dtype=dtype
             )
     except Exception as error:
-        raise UnsupportedAttention(
-            f"{config.model_type}: no causal language model with exchangeable attention can be built from its config "
-            f"({type(error).__name__}: {error})"
-        ) from error
+        reason = f"no causal language model can be built from its config ({type(error).__name__}: {error})"
+        if isinstance(error, KeyError) and error.args == (NAME,):
+            reason = "its attention has classes of its own and cannot be exchanged through Transformers' interface"
+        raise UnsupportedAttention(f"{config.model_type}: {reason}") from error
     return record_layers(model)
 
 
@@ -306,8 +310,7 @@ def _explained(model: PreTrainedModel) -> Iterator[None]:
     except UnsupportedAttention as error:
         raise UnsupportedAttention(f"{kind}: {error}") from error
     except Exception as error:
-        reason = f"a forward without data failed ({type(error).__name__}: {error}){advice(model)}"
-        raise UnsupportedAttention(f"{kind}: {reason}") from error
+        raise UnsupportedAttention(f"{kind}: {explain(model, error)}") from error
 
 
 @contextmanager

@@ -200,7 +200,7 @@ SMALL = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "v
         ("recurrent_gemma", {}, r"LinearAttentionLayer\), which is not kept per sequence|has attention of its own"),
         ("bert", {}, r"bert\.encoder\.layer\.0\.attention\.self \(BertSelfAttention\): it is not causal"),
         ("llama", {"is_causal": False}, r"model\.layers\.0\.self_attn .*: it is not causal"),
-        ("falcon", {"alibi": True}, "falcon: no causal language model with exchangeable attention"),
+        ("falcon", {"alibi": True}, "falcon: its attention has classes of its own"),
         ("bloom", {"n_layer": 2, "n_head": 4}, "takes no position_ids"),
         ("bart", {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4}, "takes no position_ids"),
         ("roberta", {"is_decoder": True}, "count from its padding index"),

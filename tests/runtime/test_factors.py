@@ -41,24 +41,28 @@ ROPES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module", params=ROPES)
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[list[int]]]:
+def answered(rope: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[list[int]]]:
     """A folder, and what a fresh model answers to each prompt alone: longrope as forwards over all tokens say (so does
     ``generate`` of Transformers 5.23, whose Phi-3 computes its cache anew), dynamic as ``generate`` with a cache does."""
-    name, changes = ROPES[request.param]
-    folder = tmp_path_factory.mktemp(request.param)
+    name, changes = ROPES[rope]
+    folder = tmp_path_factory.mktemp(rope)
     tiny_model(name, **changes).save_pretrained(folder)
     answers = []
     for prompt in PROMPTS:
         model = tiny_model(name, **changes)
         model.generation_config.eos_token_id = None
         ids = torch.tensor([prompt])
-        cached = request.param == "dynamic"
+        cached = rope == "dynamic"
         out = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, use_cache=cached
         )
         answers.append(out[0, len(prompt) :].tolist())
     return str(folder), answers
+
+
+@pytest.fixture(scope="module", params=ROPES)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[list[int]]]:
+    return answered(request.param, tmp_path_factory)
 
 
 def load(folder: str, **options: Any) -> LLM:

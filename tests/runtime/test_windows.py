@@ -101,8 +101,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 PROMPTS = [[(7 * place + 3 * i * i) % VOCABULARY for i in range(size)] for place, size in enumerate((40, 17, 3, 29, 1))]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[list[int]]]:
+def answered(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[list[int]]]:
     """A Gemma 3 with three windows of 4 tokens for a layer that sees everything, and its answers to each prompt alone."""
     model = tiny_model("gemma3", num_hidden_layers=4, layer_types=LAYERS)
     folder = tmp_path_factory.mktemp("gemma3")
@@ -115,6 +114,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[list
                 ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
             answers.append(ids[len(prompt) :])
     return str(folder), answers
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[list[int]]]:
+    return answered(tmp_path_factory)
 
 
 def load(folder: str, **options: Any) -> LLM:
