@@ -271,7 +271,8 @@ def _run(model: PreTrainedModel, recording: Recording, **options: Any) -> None:
     tokens = torch.zeros(1, _TOKENS, dtype=torch.long, device=model.device)
     if model._supports_logits_to_keep():  # as the engine asks; with a number, Gemma 4 cuts rows off in the middle
         options["logits_to_keep"] = torch.zeros(1, dtype=torch.long, device=model.device)
-    with _under_way(recording), recording.ranges, torch.no_grad():
+    # No inference mode, whose tensors do not know that they were changed
+    with _under_way(recording), recording.ranges, torch.inference_mode(False), torch.no_grad():
         model(tokens, position_ids=torch.zeros_like(tokens), **options)
 
 
