@@ -37,6 +37,7 @@ from attention import latent, mixers
 from attention.base import AttentionBackend, AttentionBatch, AttentionError, AttentionSpec, UnsupportedAttention
 from attention.call import Call, Forward, Original
 from attention.checks import advice, layers_left_out, require_calls, require_known_states, require_positions
+from attention.expansion import LatentForward
 from attention.intercept import intercept, intercepted
 from attention.kv_cache import KVCache
 from attention.positions import retemper, tempers_rows
@@ -108,6 +109,7 @@ class _Serving(Forward):
         self.batch, self.cache, self.backend, self.specs = batch, cache, backend, specs
         self.states, self.segments = states, segments
         self.calls = 0
+        self.latents = LatentForward(backend, batch, cache)
         self.kept: tuple[Tensor, Tensor] | None = None  # latents that the next call must bring
         self.shared = {spec.shares for spec in specs if spec.shares is not None}
         self.handed: dict[int, tuple[Tensor, Tensor]] = {}  # what calls brought that others share
@@ -122,11 +124,8 @@ class _Serving(Forward):
             raise AttentionError(f"{self.describe(call.module)}: the recorded forward made only {self.calls} calls")
         spec = self.specs[self.calls]
         self._require_kept(spec, call)
-        projection = latent.Projection.of(call, spec) if spec.latent else None
-        if projection is not None:
-            call = projection.absorb(call)
         seen = call.spec(call.options.get("sliding_window", spec.window), spec.chunk)
-        if replace(seen, latent=spec.latent, shares=spec.shares) != spec:
+        if replace(seen, key_dim=call.k.shape[3], latent=spec.latent, shares=spec.shares) != spec:
             raise AttentionError(f"{self.describe(call.module)}: it is {seen}, but {spec} was recorded")
         if call.q.shape[2] != self.batch.slots.shape[0]:
             raise AttentionError(f"{call.q.shape[2]} tokens came, the batch describes {self.batch.slots.shape[0]}")
@@ -134,9 +133,13 @@ class _Serving(Forward):
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (call.q, call.k, call.v))  # [T, H, D]
         if tempers_rows(call.module):
             q = retemper(call.module, q, self.batch.positions())
-        out = self.backend.forward(self.calls, spec, q, k, v, self.batch, self.cache, call.sinks)
+        if spec.latent:
+            projection = latent.Projection.of(call.module, spec, q.shape[2])
+            out = self.latents.attend(self.calls, spec, projection, q, k, call.sinks)
+        else:
+            out = self.backend.forward(self.calls, spec, q, k, v, self.batch, self.cache, call.sinks)
         self.calls += 1
-        return (out if projection is None else projection.expand(out))[None]
+        return out[None]
 
     def _require_kept(self, spec: AttentionSpec, call: Call) -> None:
         """Keys and values that are not kept as they come must be what was recorded: latents, or those of another call."""

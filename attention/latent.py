@@ -108,23 +108,29 @@ class Projection(NamedTuple):
     to_values: Tensor
 
     @classmethod
-    def of(cls, call: Call, spec: AttentionSpec) -> Projection:
-        """Of the module that makes ``call``."""
-        projection = getattr(call.module, PROJECTION)
+    def of(cls, module: nn.Module, spec: AttentionSpec, key_dim: int) -> Projection:
+        """Of a module whose call was recorded as ``spec``, with queries for keys of ``key_dim``."""
+        projection = getattr(module, PROJECTION)
         if not isinstance(projection, nn.Linear) or projection.bias is not None:
-            raise AttentionError(
-                f"{type(call.module).__name__}: to keep latents, {PROJECTION} must be dense, without bias"
-            )
+            raise AttentionError(f"{type(module).__name__}: to keep latents, {PROJECTION} must be dense, without bias")
         by_head = projection.weight.view(spec.heads, -1, spec.value_dim)
-        nope = call.q.shape[3] - (spec.key_dim - spec.value_dim)
+        nope = key_dim - (spec.key_dim - spec.value_dim)
         return cls(by_head[:, :nope], by_head[:, nope:])
 
-    def absorb(self, call: Call) -> Call:
-        """``call`` with queries for latents; its scale is still that of its own."""
-        nope, rotated = call.q.split([self.to_keys.shape[1], call.q.shape[3] - self.to_keys.shape[1]], -1)
-        scaling = call.q.shape[3] ** -0.5 if call.scaling is None else call.scaling
-        return replace(call, q=torch.cat([nope @ self.to_keys, rotated], -1), scaling=scaling)
+    def absorb(self, q: Tensor) -> Tensor:
+        """Queries [T, H, rank + r] for latents, of those [T, H, nope + r] for keys."""
+        nope, rotated = q.split([self.to_keys.shape[1], q.shape[2] - self.to_keys.shape[1]], -1)
+        return torch.cat([(nope.transpose(0, 1) @ self.to_keys).transpose(0, 1), rotated], -1)
 
     def expand(self, means: Tensor) -> Tensor:
         """The values [T, H, Dv] that means of latents [T, H, rank] stand for."""
         return (means.transpose(0, 1) @ self.to_values.transpose(1, 2)).transpose(0, 1)
+
+    def part(self, heads: slice) -> Projection:
+        return Projection(self.to_keys[heads], self.to_values[heads])
+
+    def apart(self, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [P, H, nope + r] and values [P, H, Dv] of what is kept of tokens [P, rank + r]."""
+        latent, rotated = kept.split([self.to_keys.shape[2], kept.shape[1] - self.to_keys.shape[2]], -1)
+        keys, values = (torch.einsum("pc,hdc->phd", latent, half) for half in (self.to_keys, self.to_values))
+        return torch.cat([keys, rotated[:, None].expand(-1, keys.shape[1], -1)], -1), values.contiguous()
