@@ -45,10 +45,9 @@ class Split:
 
 def worth_expanding(projection: Projection, queries: int, keys: int) -> bool:
     """Whether the last ``queries`` of ``keys`` tokens cost fewer multiplications if the keys are expanded."""
-    (_, nope, rank), value = projection.to_keys.shape, projection.to_values.shape[1]
+    _, made, rank = projection.weight.shape  # n + v
     seen = queries * keys - queries * (queries - 1) // 2
-    saved = seen * (2 * rank - nope - value)
-    return queries > 1 and saved > (keys - queries) * rank * (nope + value)
+    return queries > 1 and seen * (2 * rank - made) > (keys - queries) * rank * made
 
 
 class LatentForward:
@@ -71,7 +70,7 @@ class LatentForward:
         split = self._split(projection)
         if split is None:
             return absorbed(q, kept, self.batch)
-        out = q.new_empty(*q.shape[:2], projection.to_values.shape[1])
+        out = q.new_empty(*q.shape[:2], projection.value)
         if split.absorb is not None:
             rows = split.absorb.rows
             out[rows] = absorbed(q[rows], kept[rows], split.absorb.batch)
@@ -86,7 +85,7 @@ class LatentForward:
         """The answer to the queries of the sequences that are expanded."""
         latents = self.cache.read(call, split.slots[None])[0][0, :, 0].to(q.dtype)  # [P, rank + r]
         pages = split.slots.shape[0] // self.cache.block_size
-        heads, value = projection.to_values.shape[:2]
+        heads, value = projection.weight.shape[0], projection.value
         bytes_per_head = latents.shape[0] * 2 * (q.shape[2] + value) * q.itemsize
         some = heads
         while some % 2 == 0 and some * bytes_per_head > MOST_BYTES:  # few sizes: kernels are compiled for each
@@ -108,7 +107,7 @@ class LatentForward:
         """Which sequences to expand, if any. Asks the device for lengths, unless all sequences are decoding."""
         if self.batch.max_query == 1:
             return None
-        sizes = (*projection.to_keys.shape, *projection.to_values.shape)
+        sizes = (*projection.weight.shape, projection.nope)
         if sizes not in self._splits:
             self._splits[sizes] = self._decide(projection)
         return self._splits[sizes]

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from attention.base import AttentionError, AttentionSpec
 from attention.call import Call
@@ -102,10 +103,10 @@ def joined(latent: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Projection(NamedTuple):
-    """``kv_b_proj`` taken apart: to keys [H, nope, rank] and to values [H, value, rank]."""
+    """The weight of ``kv_b_proj`` by head, [H, nope + value, rank]: rows to keys first, then rows to values."""
 
-    to_keys: Tensor
-    to_values: Tensor
+    weight: Tensor
+    nope: int
 
     @classmethod
     def of(cls, module: nn.Module, spec: AttentionSpec, key_dim: int) -> Projection:
@@ -114,23 +115,27 @@ class Projection(NamedTuple):
         if not isinstance(projection, nn.Linear) or projection.bias is not None:
             raise AttentionError(f"{type(module).__name__}: to keep latents, {PROJECTION} must be dense, without bias")
         by_head = projection.weight.view(spec.heads, -1, spec.value_dim)
-        nope = key_dim - (spec.key_dim - spec.value_dim)
-        return cls(by_head[:, :nope], by_head[:, nope:])
+        return cls(by_head, key_dim - (spec.key_dim - spec.value_dim))
+
+    @property
+    def value(self) -> int:
+        return self.weight.shape[1] - self.nope
 
     def absorb(self, q: Tensor) -> Tensor:
         """Queries [T, H, rank + r] for latents, of those [T, H, nope + r] for keys."""
-        nope, rotated = q.split([self.to_keys.shape[1], q.shape[2] - self.to_keys.shape[1]], -1)
-        return torch.cat([(nope.transpose(0, 1) @ self.to_keys).transpose(0, 1), rotated], -1)
+        nope = q[..., : self.nope].transpose(0, 1) @ self.weight[:, : self.nope]
+        return torch.cat([nope.transpose(0, 1), q[..., self.nope :]], -1)
 
     def expand(self, means: Tensor) -> Tensor:
         """The values [T, H, Dv] that means of latents [T, H, rank] stand for."""
-        return (means.transpose(0, 1) @ self.to_values.transpose(1, 2)).transpose(0, 1)
+        return (means.transpose(0, 1) @ self.weight[:, self.nope :].transpose(1, 2)).transpose(0, 1)
 
     def part(self, heads: slice) -> Projection:
-        return Projection(self.to_keys[heads], self.to_values[heads])
+        return Projection(self.weight[heads], self.nope)
 
     def apart(self, kept: Tensor) -> tuple[Tensor, Tensor]:
         """Keys [P, H, nope + r] and values [P, H, Dv] of what is kept of tokens [P, rank + r]."""
-        latent, rotated = kept.split([self.to_keys.shape[2], kept.shape[1] - self.to_keys.shape[2]], -1)
-        keys, values = (torch.einsum("pc,hdc->phd", latent, half) for half in (self.to_keys, self.to_values))
-        return torch.cat([keys, rotated[:, None].expand(-1, keys.shape[1], -1)], -1), values.contiguous()
+        heads, _, rank = self.weight.shape
+        made = functional.linear(kept[:, :rank], self.weight.flatten(0, 1)).unflatten(1, (heads, -1))
+        rotated = kept[:, None, rank:].expand(-1, heads, -1)
+        return torch.cat([made[..., : self.nope], rotated], -1), made[..., self.nope :].contiguous()

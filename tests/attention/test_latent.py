@@ -62,9 +62,9 @@ def test_a_token_costs_its_latent_and_its_rotated_key(model_type: str) -> None:
     assert allocated(KVCache(specs, 5, 3, torch.bfloat16, "cpu")) == 5 * 3 * cost
 
 
-def projection(heads: int = 128, nope: int = 128, value: int = 128, rank: int = 512) -> Projection:
+def projection() -> Projection:
     """Of DeepSeek-V3."""
-    return Projection(torch.empty(heads, nope, rank, device="meta"), torch.empty(heads, value, rank, device="meta"))
+    return Projection(torch.empty(128, 128 + 128, 512, device="meta"), 128)
 
 
 def test_prompts_are_expanded_and_short_pieces_after_a_long_past_are_not() -> None:
