@@ -67,7 +67,8 @@ class LatentForward:
             means = self.backend.forward(call, spec, projection.absorb(q), kept, values, batch, self.cache, sinks)
             return projection.expand(means)
 
-        split = self._split(projection)
+        # A window sees few keys, and the blocks behind it may be another's.
+        split = None if spec.window or spec.chunk else self._split(projection)
         if split is None:
             return absorbed(q, kept, self.batch)
         out = q.new_empty(*q.shape[:2], projection.value)
