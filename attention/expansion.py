@@ -35,8 +35,8 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Split:
-    """A batch in two: sequences to ``expand``, whose tokens are in ``slots`` [P] of the cache, every page filled up with
-    tokens of its sequence; and all others. The batch of the first speaks of pages of just these tokens."""
+    """A batch in two: sequences to ``expand``, whose pages are the ``slots`` [P] of the cache; and all others. The batch of
+    the first counts just these pages."""
 
     expand: Rows
     slots: Tensor
@@ -131,7 +131,7 @@ class LatentForward:
         for i, count in zip(expanded, pages, strict=True):
             tables.append(range(places, places + count))
             places += count
-            positions = torch.arange(count * size, device=device).clamp(max=lens[i] - 1)
+            positions = torch.arange(count * size, device=device)
             slots.append(batch.block_tables[i][positions // size].long() * size + positions % size)
         own = AttentionBatch.pack([queries[i] for i in expanded], [lens[i] for i in expanded], tables, size, device)
         others, other_rows = rows(False)
