@@ -37,6 +37,7 @@ from attention import latent, mixers
 from attention.base import AttentionBackend, AttentionBatch, AttentionError, AttentionSpec, UnsupportedAttention
 from attention.call import Call, Forward, Original
 from attention.checks import explain, layers_left_out, require_calls, require_known_states, require_positions
+from attention.expansion import LatentForward
 from attention.intercept import intercept, intercepted
 from attention.kv_cache import KVCache
 from attention.positions import depends_on_length, retemper, rotate, tempers_rows
@@ -116,6 +117,7 @@ class _Serving(Forward):
         self.batches, self.cache, self.backend, self.specs = batches, cache, backend, specs
         self.states, self.segments, self.lengths = states, segments, lengths
         self.calls = 0
+        self.latents = [LatentForward(backend, batch, cache) for batch in batches]
         self.kept: tuple[Tensor, Tensor] | None = None  # latents that the next call must bring
         self.shared = {spec.shares for spec in specs if spec.shares is not None}
         self.handed: dict[int, tuple[Tensor, Tensor]] = {}  # what calls brought that others share
@@ -130,22 +132,24 @@ class _Serving(Forward):
             raise AttentionError(f"{self.describe(call.module)}: the recorded forward made only {self.calls} calls")
         spec = self.specs[self.calls]
         self._require_kept(spec, call)
-        projection = latent.Projection.of(call, spec) if spec.latent else None
-        if projection is not None:
-            call = projection.absorb(call)
         seen = call.spec(call.options.get("sliding_window", spec.window), spec.chunk)
-        if replace(seen, latent=spec.latent, shares=spec.shares) != spec:
+        if replace(seen, key_dim=call.k.shape[3], latent=spec.latent, shares=spec.shares) != spec:
             raise AttentionError(f"{self.describe(call.module)}: it is {seen}, but {spec} was recorded")
-        batch = self.batches[self.cache.layout.groups[self.calls]]
+        group = self.cache.layout.groups[self.calls]
+        batch = self.batches[group]
         if call.q.shape[2] != batch.slots.shape[0]:
             raise AttentionError(f"{call.q.shape[2]} tokens came, the batch describes {batch.slots.shape[0]}")
 
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (call.q, call.k, call.v))  # [T, H, D]
         if tempers_rows(call.module):
             q = retemper(call.module, q, batch.positions())
-        out = self.backend.forward(self.calls, spec, q, k, v, batch, self.cache, call.sinks)
+        if spec.latent:
+            projection = latent.Projection.of(call.module, spec, q.shape[2])
+            out = self.latents[group].attend(self.calls, spec, projection, q, k, call.sinks)
+        else:
+            out = self.backend.forward(self.calls, spec, q, k, v, batch, self.cache, call.sinks)
         self.calls += 1
-        return (out if projection is None else projection.expand(out))[None]
+        return out[None]
 
     def _require_kept(self, spec: AttentionSpec, call: Call) -> None:
         """Keys and values that are not kept as they come must be what was recorded: latents, or those of another call."""
@@ -297,7 +301,8 @@ def _run(model: PreTrainedModel, recording: Recording, **options: Any) -> None:
     tokens = torch.zeros(1, _TOKENS, dtype=torch.long, device=model.device)
     if model._supports_logits_to_keep():  # as the engine asks; with a number, Gemma 4 cuts rows off in the middle
         options["logits_to_keep"] = torch.zeros(1, dtype=torch.long, device=model.device)
-    with _under_way(recording), recording.ranges, torch.no_grad():
+    # No inference mode, whose tensors do not know that they were changed
+    with _under_way(recording), recording.ranges, torch.inference_mode(False), torch.no_grad():
         model(tokens, position_ids=torch.zeros_like(tokens), **options)
 
 

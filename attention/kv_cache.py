@@ -15,7 +15,7 @@ business: nothing is initialised, counted or freed here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -72,6 +72,13 @@ class KVCache:
                 scale = allocate(spec.kv_heads, dtype=torch.float32)
                 self.k_scale.append(scale)
                 self.v_scale.append(scale if spec.latent else torch.empty_like(scale))
+
+    @classmethod
+    def around(cls, spec: AttentionSpec, k: Tensor, v: Tensor) -> Self:
+        """The cache of one call whose pages are there already: ``k`` and ``v`` [blocks, block_size, kv_heads, D]."""
+        cache = cls([], k.shape[0], k.shape[1], k.dtype, k.device)
+        cache.specs, cache.k, cache.v, cache.static = [spec], [k], [v], [StaticScales()]
+        return cache
 
     @property
     def quantized(self) -> bool:

@@ -54,17 +54,19 @@ def plan_storage(plan: LoadPlan, layers: Layers, asked: str) -> Storage:
         unknown = f"the checkpoint asks for {wanted}, which is not supported" if wanted not in (FP8, None) else ""
         notes = [own, left_out if plan.kv_scales else "", unknown]
         return Storage(dtype, nothing, "; ".join(filter(None, notes)))
-    static = _read(plan, layers)
+    static, stored = _read(plan, layers)
     count = sum(scale is not None for pair in static for scale in pair)
     source = "as the checkpoint asks, " if asked == "auto" else ""
+    left_out = f"; {stored - count} are left out: their layers keep no keys and values" if stored > count else ""
     if not count:
-        return Storage(dtype, nothing, f"{source}scales per token and head: none are stored")
+        return Storage(dtype, nothing, f"{source}scales per token and head: {stored or 'none'} are stored{left_out}")
     rest = sum(len(spec.kept) for spec in layers.attention) - count
     others = f", {rest} others per token and head" if rest else ""
-    return Storage(dtype, static, f"{source}{count} static scales of the checkpoint{others}")
+    return Storage(dtype, static, f"{source}{count} static scales of the checkpoint{others}{left_out}")
 
 
-def _read(plan: LoadPlan, layers: Layers) -> list[StaticScales]:
+def _read(plan: LoadPlan, layers: Layers) -> tuple[list[StaticScales], int]:
+    """The scales that calls use, and how many are stored for them."""
     found: dict[tuple[str, str], str] = {}
     for name in plan.kv_scales:
         if (scale := kv_scale_of(name)) is None:
@@ -86,10 +88,11 @@ def _read(plan: LoadPlan, layers: Layers) -> list[StaticScales]:
         name = None if spec.latent or spec.shares is not None else found.get((caller, part))
         return None if name is None else _checked(plan, name, spec.kv_heads).to(plan.device)
 
-    return [
+    static = [
         StaticScales(*(scale_of(caller, part, spec) for part in "kv"))
         for caller, spec in zip(layers.callers, layers.attention, strict=True)
     ]
+    return static, len(found)
 
 
 def _checked(plan: LoadPlan, name: str, heads: int) -> Tensor:
