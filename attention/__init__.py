@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from attention.base import AttentionBackend, AttentionBatch, AttentionError, AttentionSpec, UnsupportedAttention
 from attention.kv_cache import KVCache
-from attention.positions import batch_dependent_rope
+from attention.positions import length_dependent_rope
 from attention.registry import Selection, select
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ __all__ = [
     "KVCache",
     "Selection",
     "UnsupportedAttention",
-    "batch_dependent_rope",
     "forward_batch",
+    "length_dependent_rope",
     "read_specs",
     "record_specs",
     "select",

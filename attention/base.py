@@ -19,7 +19,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -34,6 +34,32 @@ class AttentionError(Exception):
 
 class UnsupportedAttention(AttentionError):
     """The model, or one of its layers, asks for attention that nothing here computes."""
+
+
+class Reach(NamedTuple):
+    """How far back a call looks: at most one of the two is set; see :class:`AttentionSpec`."""
+
+    window: int | None = None
+    chunk: int | None = None
+
+    @property
+    def bounded(self) -> bool:
+        return self != Reach()
+
+    @property
+    def most(self) -> int | None:
+        """The most keys that a query sees, its own among them; ``None``: any number."""
+        return self.chunk if self.window is None else self.window
+
+    def first(self, position: int) -> int:
+        """The first key that a query at ``position``, or any after it, sees."""
+        if self.chunk is not None:
+            return position // self.chunk * self.chunk
+        return 0 if self.window is None else max(0, position - self.window + 1)
+
+    def within(self, longest: int | None) -> Reach:
+        """The same for sequences of at most ``longest`` tokens, in which a longer reach is none."""
+        return self if longest is None or self.most is None or self.most < longest else Reach()
 
 
 @dataclass(frozen=True)
@@ -72,6 +98,10 @@ class AttentionSpec:
         if self.shares is not None:
             return ()
         return (self.key_dim,) if self.latent else (self.key_dim, self.value_dim)
+
+    @property
+    def reach(self) -> Reach:
+        return Reach(self.window, self.chunk)
 
     def __str__(self) -> str:
         dims = f"dim {self.key_dim}" + (f"/{self.value_dim}" if self.value_dim != self.key_dim else "")

@@ -77,6 +77,18 @@ def advice(model: nn.Module) -> str:
     return f". {REMOTE_CODE}" if type(model).__module__.startswith("transformers_modules.") else ""
 
 
+def explain(model: nn.Module, error: Exception) -> str:
+    """Why a model whose forward fails without data cannot be served."""
+    if any("Indexer" in type(module).__name__ for module in model.modules()):
+        return "an indexer selects the keys that a query sees (sparse attention), which nothing here computes"
+    if any(name.endswith("encoder_attn") for name, _ in model.named_modules()):
+        return "its layers attend to what an encoder makes of an input that is no text (cross-attention)"
+    failure = f"{type(error).__name__}: {error}"
+    if "meta tensors" in str(error):
+        return f"what it computes depends on the values of its input, so it cannot be known beforehand ({failure})"
+    return f"a forward without data failed ({failure}){advice(model)}"
+
+
 def require_calls(model: nn.Module, recording: Recording, cache: Any, layers: int, left_out: int) -> None:
     require_known_states(cache, recording.mixers)
     if not recording.specs and not recording.mixers:

@@ -147,7 +147,7 @@ class CpuBackend(AttentionBackend):
 @cache
 def _load(build: Build) -> ctypes.CDLL | str:
     here = Path(__file__).parent / "kernels"
-    return build(here / "cpu.c", here / "cpu_rows.h")
+    return build(here / "cpu.c", here / "cpu_numbers.h", here / "cpu_rows.h")
 
 
 def _computed_in(tensor: Tensor) -> Tensor:

@@ -36,12 +36,14 @@ from transformers import (
 from attention import latent, mixers
 from attention.base import AttentionBackend, AttentionBatch, AttentionError, AttentionSpec, UnsupportedAttention
 from attention.call import Call, Forward, Original
-from attention.checks import advice, layers_left_out, require_calls, require_known_states, require_positions
+from attention.checks import explain, layers_left_out, require_calls, require_known_states, require_positions
+from attention.expansion import LatentForward
 from attention.intercept import intercept, intercepted
 from attention.kv_cache import KVCache
-from attention.positions import retemper, tempers_rows
+from attention.positions import depends_on_length, retemper, rotate, tempers_rows
 from attention.recording import MaskedRecording, Recording, without_data
 from attention.states import MixerSpec, Segment, StateCache
+from attention.time_steps import bound_time_steps
 
 NAME = "relinear"  # Transformers reads a meaning into names with "flash", "sdpa", "paged|" or a slash
 
@@ -76,19 +78,25 @@ AttentionInterface.register(NAME, attention)
 
 @contextmanager
 def forward_batch(
-    batch: AttentionBatch,
+    batch: AttentionBatch | Sequence[AttentionBatch],
     cache: KVCache,
     backend: AttentionBackend,
     specs: Sequence[AttentionSpec],
     states: StateCache | None = None,
     segments: Sequence[Segment] = (),
+    lengths: Sequence[int] = (),
 ) -> Iterator[None]:
     """Let ``backend`` answer the attention calls of one packed forward of the model whose ``specs`` were recorded.
 
+    Where the cache's calls are in several groups (:mod:`attention.layout`), ``batch`` is one for each, which differ in their
+    blocks.
     A model with recurrent layers, prepared by :func:`prepare`, keeps their ``states`` of the sequences in the
-    slots that ``segments`` name, in the order of the batch.
+    slots that ``segments`` name, in the order of the batch. ``lengths``, if given, are those of the sequence of each token
+    [T], for rotary embeddings prepared by :func:`separate_lengths`; 0: no longer than what needs no care.
     """
-    forward = _Serving(batch, cache, backend, specs, states, segments)
+    batches = [batch] if isinstance(batch, AttentionBatch) else batch
+    assert len(batches) == len(cache.layout.reaches)
+    forward = _Serving(batches, cache, backend, specs, states, segments, lengths)
     with _under_way(forward):
         yield
     if forward.calls != len(specs):
@@ -98,16 +106,18 @@ def forward_batch(
 class _Serving(Forward):
     def __init__(
         self,
-        batch: AttentionBatch,
+        batches: Sequence[AttentionBatch],
         cache: KVCache,
         backend: AttentionBackend,
         specs: Sequence[AttentionSpec],
         states: StateCache | None,
         segments: Sequence[Segment],
+        lengths: Sequence[int],
     ) -> None:
-        self.batch, self.cache, self.backend, self.specs = batch, cache, backend, specs
-        self.states, self.segments = states, segments
+        self.batches, self.cache, self.backend, self.specs = batches, cache, backend, specs
+        self.states, self.segments, self.lengths = states, segments, lengths
         self.calls = 0
+        self.latents = [LatentForward(backend, batch, cache) for batch in batches]
         self.kept: tuple[Tensor, Tensor] | None = None  # latents that the next call must bring
         self.shared = {spec.shares for spec in specs if spec.shares is not None}
         self.handed: dict[int, tuple[Tensor, Tensor]] = {}  # what calls brought that others share
@@ -122,21 +132,24 @@ class _Serving(Forward):
             raise AttentionError(f"{self.describe(call.module)}: the recorded forward made only {self.calls} calls")
         spec = self.specs[self.calls]
         self._require_kept(spec, call)
-        projection = latent.Projection.of(call, spec) if spec.latent else None
-        if projection is not None:
-            call = projection.absorb(call)
         seen = call.spec(call.options.get("sliding_window", spec.window), spec.chunk)
-        if replace(seen, latent=spec.latent, shares=spec.shares) != spec:
+        if replace(seen, key_dim=call.k.shape[3], latent=spec.latent, shares=spec.shares) != spec:
             raise AttentionError(f"{self.describe(call.module)}: it is {seen}, but {spec} was recorded")
-        if call.q.shape[2] != self.batch.slots.shape[0]:
-            raise AttentionError(f"{call.q.shape[2]} tokens came, the batch describes {self.batch.slots.shape[0]}")
+        group = self.cache.layout.groups[self.calls]
+        batch = self.batches[group]
+        if call.q.shape[2] != batch.slots.shape[0]:
+            raise AttentionError(f"{call.q.shape[2]} tokens came, the batch describes {batch.slots.shape[0]}")
 
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (call.q, call.k, call.v))  # [T, H, D]
         if tempers_rows(call.module):
-            q = retemper(call.module, q, self.batch.positions())
-        out = self.backend.forward(self.calls, spec, q, k, v, self.batch, self.cache, call.sinks)
+            q = retemper(call.module, q, batch.positions())
+        if spec.latent:
+            projection = latent.Projection.of(call.module, spec, q.shape[2])
+            out = self.latents[group].attend(self.calls, spec, projection, q, k, call.sinks)
+        else:
+            out = self.backend.forward(self.calls, spec, q, k, v, batch, self.cache, call.sinks)
         self.calls += 1
-        return (out if projection is None else projection.expand(out))[None]
+        return out[None]
 
     def _require_kept(self, spec: AttentionSpec, call: Call) -> None:
         """Keys and values that are not kept as they come must be what was recorded: latents, or those of another call."""
@@ -175,7 +188,10 @@ def _expand(module: nn.Module, original: Original, args: tuple[Any, ...], kwargs
 def prepare(model: nn.Module) -> None:
     """Let the recurrent layers of a loaded model, if there are any, keep each sequence's states apart, and those with latent
     attention hand over their latents."""
-    intercept(filter(mixers.keeps_state, model.modules()), "forward", _mix)
+    mixing = list(filter(mixers.keeps_state, model.modules()))
+    intercept(mixing, "forward", _mix)
+    for mixer in mixing:
+        bound_time_steps(mixer)
     intercept(filter(latent.may_expand, model.modules()), latent.METHOD, _expand)
 
 
@@ -185,6 +201,20 @@ def _prepared(model: nn.Module) -> Iterator[None]:
     mixing, expanding = (filter(kind, model.modules()) for kind in (mixers.keeps_state, latent.may_expand))
     with intercepted(mixing, "forward", _mix), intercepted(expanding, latent.METHOD, _expand):
         yield
+
+
+def _rotate(module: nn.Module, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    under_way = _current.get()
+    if isinstance(under_way, _Serving) and under_way.lengths:
+        return rotate(module, original, args, kwargs, under_way.lengths)
+    return original(*args, **kwargs)
+
+
+def separate_lengths(model: nn.Module) -> bool:
+    """Let the rotary embeddings of a loaded model take each sequence's own length; ``False``: they are of unknown kind."""
+    rotary = [module for module in model.modules() if hasattr(module, "rope_type")]  # as those of Transformers have
+    intercept(filter(depends_on_length, rotary), "forward", _rotate)
+    return bool(rotary)
 
 
 class Layers(NamedTuple):
@@ -232,10 +262,10 @@ def read_layers(
                 config, attn_implementation=NAME, trust_remote_code=trust_remote_code, dtype=dtype
             )
     except Exception as error:
-        raise UnsupportedAttention(
-            f"{config.model_type}: no causal language model with exchangeable attention can be built from its config "
-            f"({type(error).__name__}: {error})"
-        ) from error
+        reason = f"no causal language model can be built from its config ({type(error).__name__}: {error})"
+        if isinstance(error, KeyError) and error.args == (NAME,):
+            reason = "its attention has classes of its own and cannot be exchanged through Transformers' interface"
+        raise UnsupportedAttention(f"{config.model_type}: {reason}") from error
     return record_layers(model)
 
 
@@ -271,12 +301,8 @@ def _run(model: PreTrainedModel, recording: Recording, **options: Any) -> None:
     tokens = torch.zeros(1, _TOKENS, dtype=torch.long, device=model.device)
     if model._supports_logits_to_keep():  # as the engine asks; with a number, Gemma 4 cuts rows off in the middle
         options["logits_to_keep"] = torch.zeros(1, dtype=torch.long, device=model.device)
-    with (
-        _under_way(recording),
-        recording.ranges,
-        torch.inference_mode(False),
-        torch.no_grad(),
-    ):  # verify is within inference mode; recording counts versions
+    # No inference mode, whose tensors do not know that they were changed
+    with _under_way(recording), recording.ranges, torch.inference_mode(False), torch.no_grad():
         model(tokens, position_ids=torch.zeros_like(tokens), **options)
 
 
@@ -289,8 +315,7 @@ def _explained(model: PreTrainedModel) -> Iterator[None]:
     except UnsupportedAttention as error:
         raise UnsupportedAttention(f"{kind}: {error}") from error
     except Exception as error:
-        reason = f"a forward without data failed ({type(error).__name__}: {error}){advice(model)}"
-        raise UnsupportedAttention(f"{kind}: {reason}") from error
+        raise UnsupportedAttention(f"{kind}: {explain(model, error)}") from error
 
 
 @contextmanager

@@ -5,9 +5,9 @@
     k_scale[call], v_scale[call]  [blocks, block_size, kv_heads]    float32, if the dtype is a quantized one
 
 A pair belongs to a *call*, not to a layer: some models attend twice in one layer or run a layer several times. The values
-of a latent call are a view of its keys, and a call that shares has the pair of another. All
-pairs share one numbering of blocks. Who owns which block is the runtime's business: nothing is initialised, counted or
-freed here.
+of a latent call are a view of its keys, a call that shares has the pair of another, and calls of different groups may take
+turns with one (:mod:`attention.layout`). All pairs share one numbering of blocks. Who owns which block is the runtime's
+business: nothing is initialised, counted or freed here.
 
 :meth:`KVCache.write` and :meth:`KVCache.read` say what is stored, in plain torch; backends with kernels do it themselves.
 """
@@ -15,13 +15,14 @@ freed here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from attention.base import AttentionSpec
 from attention.kv_dtypes import LARGEST_CODE, SCALE_BYTES, dequantize, quantize
+from attention.layout import CacheLayout
 
 
 class StaticScales(NamedTuple):
@@ -43,9 +44,11 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str,
         static: Sequence[StaticScales] | None = None,
+        layout: CacheLayout | None = None,
     ) -> None:
         self.blocks = blocks
         self.block_size = block_size
+        self.layout = layout or CacheLayout.single(specs)
         self.dtype = dtype
         self.specs = list(specs)
         self.k: list[Tensor] = []
@@ -57,10 +60,10 @@ class KVCache:
         def allocate(kv_heads: int, *dim: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.empty(blocks, block_size, kv_heads, *dim, dtype=dtype, device=device)
 
-        for spec in specs:
-            if spec.shares is not None:
+        for spec, first in zip(specs, self.layout.first_of_column, strict=True):
+            if first < len(self.k):
                 for tensors in (self.k, self.v, *([self.k_scale, self.v_scale] if self.quantized else [])):
-                    tensors.append(tensors[spec.shares])
+                    tensors.append(tensors[first])
                 continue
             keys = allocate(spec.kv_heads, spec.key_dim)
             self.k.append(keys)
@@ -70,15 +73,25 @@ class KVCache:
                 self.k_scale.append(scale)
                 self.v_scale.append(scale if spec.latent else torch.empty_like(scale))
 
+    @classmethod
+    def around(cls, spec: AttentionSpec, k: Tensor, v: Tensor) -> Self:
+        """The cache of one call whose pages are there already: ``k`` and ``v`` [blocks, block_size, kv_heads, D]."""
+        cache = cls([], k.shape[0], k.shape[1], k.dtype, k.device)
+        cache.specs, cache.k, cache.v, cache.static = [spec], [k], [v], [StaticScales()]
+        return cache
+
     @property
     def quantized(self) -> bool:
         return self.dtype in LARGEST_CODE
 
     @staticmethod
-    def bytes_per_token(specs: Sequence[AttentionSpec], dtype: torch.dtype) -> int:
-        """Bytes that one token takes in all pairs together; times ``block_size`` it is the price of a block."""
+    def bytes_per_token(specs: Sequence[AttentionSpec], dtype: torch.dtype, layout: CacheLayout | None = None) -> int:
+        """Bytes that one token takes in one block of each group; of a single group, in all pairs together."""
         scale = SCALE_BYTES if dtype in LARGEST_CODE else 0
-        return sum(spec.kv_heads * (dim * dtype.itemsize + scale) for spec in specs for dim in spec.kept)
+        layout = layout or CacheLayout.single(specs)
+        columns = [specs[call] for call in layout.firsts]
+        in_a_block = sum(spec.kv_heads * (dim * dtype.itemsize + scale) for spec in columns for dim in spec.kept)
+        return len(layout.reaches) * in_a_block
 
     def write(self, call: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store what the call keeps of the keys [T, Hkv, Dk] and values [T, Hkv, Dv] of tokens at ``slots`` [T]."""

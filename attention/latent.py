@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from attention.base import AttentionError, AttentionSpec
 from attention.call import Call
@@ -102,29 +103,39 @@ def joined(latent: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Projection(NamedTuple):
-    """``kv_b_proj`` taken apart: to keys [H, nope, rank] and to values [H, value, rank]."""
+    """The weight of ``kv_b_proj`` by head, [H, nope + value, rank]: rows to keys first, then rows to values."""
 
-    to_keys: Tensor
-    to_values: Tensor
+    weight: Tensor
+    nope: int
 
     @classmethod
-    def of(cls, call: Call, spec: AttentionSpec) -> Projection:
-        """Of the module that makes ``call``."""
-        projection = getattr(call.module, PROJECTION)
+    def of(cls, module: nn.Module, spec: AttentionSpec, key_dim: int) -> Projection:
+        """Of a module whose call was recorded as ``spec``, with queries for keys of ``key_dim``."""
+        projection = getattr(module, PROJECTION)
         if not isinstance(projection, nn.Linear) or projection.bias is not None:
-            raise AttentionError(
-                f"{type(call.module).__name__}: to keep latents, {PROJECTION} must be dense, without bias"
-            )
+            raise AttentionError(f"{type(module).__name__}: to keep latents, {PROJECTION} must be dense, without bias")
         by_head = projection.weight.view(spec.heads, -1, spec.value_dim)
-        nope = call.q.shape[3] - (spec.key_dim - spec.value_dim)
-        return cls(by_head[:, :nope], by_head[:, nope:])
+        return cls(by_head, key_dim - (spec.key_dim - spec.value_dim))
 
-    def absorb(self, call: Call) -> Call:
-        """``call`` with queries for latents; its scale is still that of its own."""
-        nope, rotated = call.q.split([self.to_keys.shape[1], call.q.shape[3] - self.to_keys.shape[1]], -1)
-        scaling = call.q.shape[3] ** -0.5 if call.scaling is None else call.scaling
-        return replace(call, q=torch.cat([nope @ self.to_keys, rotated], -1), scaling=scaling)
+    @property
+    def value(self) -> int:
+        return self.weight.shape[1] - self.nope
+
+    def absorb(self, q: Tensor) -> Tensor:
+        """Queries [T, H, rank + r] for latents, of those [T, H, nope + r] for keys."""
+        nope = q[..., : self.nope].transpose(0, 1) @ self.weight[:, : self.nope]
+        return torch.cat([nope.transpose(0, 1), q[..., self.nope :]], -1)
 
     def expand(self, means: Tensor) -> Tensor:
         """The values [T, H, Dv] that means of latents [T, H, rank] stand for."""
-        return (means.transpose(0, 1) @ self.to_values.transpose(1, 2)).transpose(0, 1)
+        return (means.transpose(0, 1) @ self.weight[:, self.nope :].transpose(1, 2)).transpose(0, 1)
+
+    def part(self, heads: slice) -> Projection:
+        return Projection(self.weight[heads], self.nope)
+
+    def apart(self, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [P, H, nope + r] and values [P, H, Dv] of what is kept of tokens [P, rank + r]."""
+        heads, _, rank = self.weight.shape
+        made = functional.linear(kept[:, :rank], self.weight.flatten(0, 1)).unflatten(1, (heads, -1))
+        rotated = kept[:, None, rank:].expand(-1, heads, -1)
+        return torch.cat([made[..., : self.nope], rotated], -1), made[..., self.nope :].contiguous()

@@ -14,24 +14,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from types import CodeType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from attention import latent, mixers
-from attention.base import AttentionSpec, UnsupportedAttention
+from attention.base import AttentionSpec, Reach, UnsupportedAttention
 from attention.call import Call, Forward, Original
-from attention.positions import BATCH_DEPENDENT_ROPE, tempers_rows
+from attention.positions import depends_on_length, tempers_rows
 from attention.states import MixerSpec
-
-
-class Reach(NamedTuple):
-    """How far back a layer may look: at most one of the two is set."""
-
-    window: int | None = None
-    chunk: int | None = None
 
 
 class Recording(Forward):
@@ -192,10 +185,8 @@ def without_data(model: nn.Module) -> Iterator[None]:
             stubs.append((module, _PADDING_CHECK, lambda *args, **kwargs: None))
     rotary: list[tuple[Any, Any]] = []
     for module in modules:  # some rotary embeddings ask for the largest position and change their frequencies
-        rope_type = getattr(module, "rope_type", None)
-        types = set(rope_type.values() if isinstance(rope_type, dict) else [rope_type])
-        if types & BATCH_DEPENDENT_ROPE.keys():
-            rotary.append((module, rope_type))
+        if depends_on_length(module):
+            rotary.append((module, module.rope_type))
     try:
         model.eval()
         for module, name, stub in stubs:

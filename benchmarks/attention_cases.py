@@ -32,7 +32,7 @@ class Case:
 
     def __str__(self) -> str:
         kind = "decode" if self.queries == 1 else "prefill"
-        return f"{kind} {self.context} x {self.batch}"
+        return f"{kind} {self.context} x {self.batch}" + (" latent" if self.spec.latent else "")
 
     @property
     def nbytes(self) -> int:

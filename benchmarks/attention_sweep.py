@@ -47,7 +47,7 @@ class Group(NamedTuple):
     def cases(self) -> list[Case]:
         spec = AttentionSpec(32, 8, self.dim, self.dim, scale=self.dim**-0.5)
         if self.dim > 256:
-            spec = AttentionSpec(32, 1, 576, 512, scale=576**-0.5)
+            spec = AttentionSpec(128, 1, 576, 512, scale=192**-0.5, latent=True)
         if self.kernel == "decode":
             return [
                 Case(spec, batch, keys, 1, self.stored)
@@ -57,7 +57,7 @@ class Group(NamedTuple):
 
     def configs(self) -> Iterator[Config]:
         if self.kernel == "decode":
-            rows = [16] if self.dim <= 256 else [16, 32]
+            rows = [16] if self.dim <= 256 else [16, 32, 64]
             keys = {64: (64, 128), 128: (32, 64, 128), 256: (16, 32, 64), 576: (16, 32)}[self.dim]
             for shape in itertools.product(rows, keys, (2, 4, 8) if self.dim <= 128 else (4, 8), (2, 3, 4, 6)):
                 yield Config(*shape)

@@ -63,10 +63,15 @@ def balance(
         else:
             unclaimed.append(name)
     parts: dict[str, list[str]] = {}
-    for stored, target in headers.merged.items():
-        if target in state:
+    for stored, targets in headers.converted.items():
+        target = targets[0]
+        if state.keys() >= set(targets):
             _check_codes(stored, checkpoint.tensors[stored], state[target])
-            parts.setdefault(target, []).append(stored)
+            if len(targets) > 1:
+                _check_cut(stored, checkpoint.tensors[stored], {name: state[name] for name in targets})
+                claimed |= set(targets)
+            else:
+                parts.setdefault(target, []).append(stored)
         elif reason := _ignorable(target, model):
             ignored[stored] = reason
         else:
@@ -113,6 +118,16 @@ def _check_parts(target: str, sources: Mapping[str, TensorSpec], parameter: torc
         raise LoadError(
             f"{target} {list(parameter.shape)} is made of {len(sources)} stored tensors with {values} values in all, but needs "
             f"{parameter.numel()}: {odd[0] if odd else 'one is missing'}. The checkpoint is damaged; fetch it again."
+        )
+
+
+def _check_cut(stored: str, found: TensorSpec, parameters: Mapping[str, torch.Tensor]) -> None:
+    """What is cut into several parameters must give each its share."""
+    values = sum(parameter.numel() for parameter in parameters.values())
+    if math.prod(found.shape) != values:
+        raise LoadError(
+            f"{stored} is {found}, but {', '.join(parameters)} are cut from it and have {values} values. The checkpoint is "
+            "damaged or of another model."
         )
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from attention.positions import batch_dependent_rope
+from attention.hf import separate_lengths
+from attention.positions import length_dependent_rope
 from runtime.checkpoint import Checkpoint, locate, read_json
 from runtime.config import EngineConfig
 from runtime.errors import LoadError
+from runtime.factors import Factors
 
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -45,20 +47,24 @@ def sampling_defaults(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def context_length(config: Any) -> int | None:
-    """The longest sequence the model was made for, if its configuration says."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
-def limit_by_rope(config: Any, asked: int | None, length: int) -> int:
-    """Models whose rotary factors depend on the longest sequence of a *batch* are served where they do not."""
-    reason = batch_dependent_rope(config)
-    if reason is None:
-        return length
+    """The longest sequence the model was made for, if its configuration says. Dynamic rotary embeddings stretch it."""
     text = config.get_text_config()
+    positions: int | None = getattr(text, "max_position_embeddings", None)
     parameters = getattr(text, "rope_parameters", None) or {}
-    limit = parameters.get("original_max_position_embeddings") or text.max_position_embeddings
-    if asked is not None and asked > limit:
+    if positions is not None and parameters.get("rope_type") == "dynamic":
+        return int(positions * (parameters.get("factor") or 1))
+    return positions
+
+
+def length_factors(config: Any, model: Any, max_model_len: int) -> Factors | None:
+    """What to mind about rotary factors if sequences have up to ``max_model_len`` tokens, having prepared ``model`` for it;
+    ``None``: nothing. Raises :class:`LoadError` if the model's own code hides how it takes the length."""
+    rope = length_dependent_rope(config)
+    if rope is None or max_model_len <= rope.limit:
+        return None
+    if not separate_lengths(model):
         raise LoadError(
-            f"max_model_len {asked}: {reason}; sequences beyond {limit} tokens are not supported for this model."
+            f"{rope}. The model's own code does that in a way that is not known here, so sequences would change each other. "
+            f"Set max_model_len to at most {rope.limit} (--context-length)."
         )
-    return min(length, limit)
+    return Factors(*rope)

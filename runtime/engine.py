@@ -22,6 +22,7 @@ from attention.base import AttentionError
 from attention.hf import NAME as ATTENTION
 from attention.hf import prepare, read_layers
 from attention.kv_cache import KVCache
+from attention.layout import CacheLayout
 from attention.registry import select
 from attention.states import StateCache, bytes_per_sequence
 from quant.kernels.native import build
@@ -30,7 +31,7 @@ from runtime.admission import max_new_tokens
 from runtime.blocks import BlockPool
 from runtime.checkpoint import Checkpoint
 from runtime.config import EngineConfig
-from runtime.defaults import context_length, end_tokens, limit_by_rope, load_tokenizer, sampling_defaults
+from runtime.defaults import context_length, end_tokens, length_factors, load_tokenizer, sampling_defaults
 from runtime.detokenize import Detokenizer
 from runtime.errors import EngineDead, InvalidRequest, LoadError, Overloaded
 from runtime.grammar import GrammarCompiler, Matcher
@@ -84,33 +85,47 @@ class Engine:
         self.tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config, checkpoint)
         self.loaded = load(plan, ATTENTION)
         prepare(self.loaded.model)
-        token_bytes = KVCache.bytes_per_token(specs, stored_as.dtype)
+        context = context_length(plan.config)
+        # A state belongs to one sequence at one token: nobody else can start from it, and some cannot be continued.
+        whole_prompts = not all(mixer.continues for mixer in mixers)
+        max_batched = config.max_num_batched_tokens or MAX_BATCHED_TOKENS
+        longest_chunk = None if whole_prompts else max_batched
+        layout = CacheLayout.of(specs, config.max_model_len or context)
+        token_bytes = KVCache.bytes_per_token(specs, stored_as.dtype, layout)
         state_bytes = bytes_per_sequence(mixers) * config.max_num_seqs
         self.vocabulary = int(cast(Any, self.loaded.model).get_input_embeddings().num_embeddings)
         capture = choose_capture(config, plan.device, selection.backend, bool(mixers))
         captures = not isinstance(capture, str)
         graph_bytes = reserved_bytes(batch_sizes(config.max_num_seqs), self.vocabulary) if captures else 0
-        self.size = size_cache(config, token_bytes, context_length(plan.config), plan.device, state_bytes, graph_bytes)
-        # One block more is nobody's: rows of a graph that stand for no sequence write there.
-        cache = KVCache(
-            specs, self.size.blocks + captures, self.size.block_size, stored_as.dtype, plan.device, stored_as.static
+        self.size = size_cache(
+            config, token_bytes, context, plan.device, state_bytes, graph_bytes, layout.reaches, longest_chunk
         )
-        self.max_model_len = limit_by_rope(plan.config, config.max_model_len, self.size.max_model_len)
+        # One block more is nobody's: rows of a graph that stand for no sequence write there.
+        blocks, block_size = self.size.blocks, self.size.block_size
+        cache = KVCache(specs, blocks + captures, block_size, stored_as.dtype, plan.device, stored_as.static, layout)
+        self.max_model_len = self.size.max_model_len
+        factors = length_factors(plan.config, self.loaded.model, self.max_model_len)
         self.end_tokens = end_tokens(self.loaded.model, self.tokenizer)
         self.sampling_defaults = sampling_defaults(checkpoint)
         self.grammars = GrammarCompiler(self.tokenizer, self.vocabulary, self.end_tokens)
         self.scheduler = Scheduler(
-            # A state belongs to one sequence at one token: nobody else can start from it.
-            BlockPool(self.size.blocks, self.size.block_size, caching=config.enable_prefix_caching and not mixers),
-            config.max_num_batched_tokens or MAX_BATCHED_TOKENS,
+            BlockPool(
+                blocks,
+                block_size,
+                caching=config.enable_prefix_caching and not mixers,
+                reaches=layout.reaches,
+                longest_chunk=longest_chunk,
+            ),
+            max_batched,
             config.max_num_seqs,
-            whole_prompts=not all(mixer.continues for mixer in mixers),
+            whole_prompts=whole_prompts,
+            factors=factors,
         )
         states = StateCache(mixers, self.scheduler.max_running, plan.device) if mixers else None
-        self.runner = Runner(self.loaded.model, specs, selection.backend, cache, states)
+        self.runner = Runner(self.loaded.model, specs, selection.backend, cache, states, factors)
         graphs = capture_decodes(self.runner, capture, self.scheduler.max_running, self.max_model_len)
         self.report = engine_report(
-            self.loaded, self.layers, selection, self.size, str(stored_as), self.max_model_len, graphs
+            self.loaded, self.layers, selection, self.size, layout, str(stored_as), self.max_model_len, graphs
         )
         self.steps = 0
         self._dead: Exception | None = None
@@ -263,7 +278,7 @@ class Engine:
     def _commit(self, plan: Plan, result: StepResult) -> list[Delta]:
         deltas = []
         for request, message in result.failed.items():
-            self.scheduler.pool.forget(request.blocks)  # nobody else may start from what this one left
+            self.scheduler.pool.forget_tokens(request)  # nobody else may start from what this one left
             deltas.append(self._fail(request, FinishReason.ERROR, message))
         good = [chunk for chunk in plan if chunk.request not in result.failed]
         ended = self.scheduler.commit(good, result.tokens)

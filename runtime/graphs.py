@@ -6,8 +6,8 @@ size; its rows that are left over compute a token of no sequence, in a *scratch 
 
     [:, :size] of inputs    ids        7  31   4 |  0
                             positions  9   2  16 |  0
-                            slots     57  18  80 | 96    = scratch * block_size
-    [:size] of tables               3  1  5 |  6         first blocks; a row is as wide as the longest sequence
+                            slots     57  18  80 | 96    = scratch * block_size; a row for each group of layers
+    [:, :size] of tables            3  1  5 |  6         first blocks; a row is as wide as the longest sequence
 
 What captures is handed in: on a CUDA device :class:`CudaCapture`; anything that returns the function it is given runs the
 same steps without a graph, on any device.
@@ -61,8 +61,8 @@ class Logits(NamedTuple):
 Step = Callable[[], Logits]
 Capture = Callable[[Step], Step]
 """Takes a function that reads and writes tensors that stay, and returns one with the same effect."""
-Forward = Callable[[Tensor, Tensor, AttentionBatch, Tensor], Logits]
-"""``ids`` [1, T], ``positions`` [1, T], the batch, and the rows whose logits are wanted."""
+Forward = Callable[[Tensor, Tensor, list[AttentionBatch], Tensor], Logits]
+"""``ids`` [1, T], ``positions`` [1, T], the batch of each group of layers, and the rows whose logits are wanted."""
 
 
 class CudaCapture:
@@ -130,6 +130,8 @@ def reserved_bytes(sizes: Sequence[int], vocabulary: int) -> int:
 def capture_decodes(runner: Runner, capture: Capture | str, most: int, longest: int) -> str:
     """Let ``runner`` decode up to ``most`` sequences of ``longest`` tokens by graphs, if that is possible. What came of it,
     for the report; without a CUDA device, nothing."""
+    if runner.factors is not None and not isinstance(capture, str):
+        capture = "which rotary factors a sequence takes is decided on the host"
     if isinstance(capture, str):
         return "" if runner.device.type == "cpu" else f"none: {capture}"
     sizes, started = batch_sizes(most), time.perf_counter()
@@ -154,6 +156,7 @@ class DecodeGraphs:
         sizes: Sequence[int],
         *,
         block_size: int,
+        groups: int,
         scratch: int,
         blocks: int,
         device: torch.device,
@@ -163,10 +166,11 @@ class DecodeGraphs:
         most = self.sizes[-1]
         pinned = device.type == "cuda"
         # Of one size all inputs lie in one piece, so that they are copied at once.
-        self._host_inputs = torch.zeros(3 * most, dtype=torch.int64, pin_memory=pinned)
-        self._host_tables = torch.full((most, blocks), scratch, dtype=torch.int32, pin_memory=pinned)
+        self._rows_of_inputs = 2 + groups
+        self._host_inputs = torch.zeros(self._rows_of_inputs * most, dtype=torch.int64, pin_memory=pinned)
+        self._host_tables = torch.full((groups, most, blocks), scratch, dtype=torch.int32, pin_memory=pinned)
         self._inputs, self._tables = self._host_inputs.to(device), self._host_tables.to(device)
-        self._written: list[list[int]] = [[scratch] for _ in range(most)]  # in each row of the tables
+        self._written = [[[scratch] for _ in range(most)] for _ in range(groups)]  # in each row of the tables
         self._rows = torch.arange(most + 1, device=device)
         self._starts = self._rows.int()
         self._steps: dict[int, Step] = {}
@@ -175,18 +179,22 @@ class DecodeGraphs:
             self._steps[size] = capture(self._step(forward, size))
 
     def _step(self, forward: Forward, size: int) -> Step:
-        ids, positions, slots = self._inputs[: 3 * size].view(3, size)
+        ids, positions, *slots = self._inputs[: self._rows_of_inputs * size].view(-1, size)
 
         def step() -> Logits:
-            batch = AttentionBatch(
-                slots=slots,
-                block_tables=self._tables[:size],
-                query_starts=self._starts[: size + 1],
-                kv_lens=(positions + 1).int(),
-                max_query=1,
-                max_kv=self._tables.shape[1] * self.block_size,
-            )
-            return forward(ids[None], positions[None], batch, self._rows[:size])
+            lens = (positions + 1).int()
+            batches = [
+                AttentionBatch(
+                    slots=slots_of_group,
+                    block_tables=tables[:size],
+                    query_starts=self._starts[: size + 1],
+                    kv_lens=lens,
+                    max_query=1,
+                    max_kv=tables.shape[1] * self.block_size,
+                )
+                for slots_of_group, tables in zip(slots, self._tables, strict=True)
+            ]
+            return forward(ids[None], positions[None], batches, self._rows[:size])
 
         return step
 
@@ -205,18 +213,22 @@ class DecodeGraphs:
         spare = size - len(plan)
         ids = [chunk.request.ids(chunk.start, chunk.stop)[0] for chunk in plan]
         positions = [chunk.start for chunk in plan]
-        slots = [self._slot(chunk.request.blocks, chunk.start) for chunk in plan]
         nothing = [0] * spare
-        rows = [*ids, *nothing, *positions, *nothing, *slots, *[self.scratch * self.block_size] * spare]
-        self._host_inputs[: 3 * size] = torch.tensor(rows)
-        self._inputs[: 3 * size].copy_(self._host_inputs[: 3 * size], non_blocking=True)
-        tables = [*(chunk.request.blocks for chunk in plan), *[[self.scratch]] * spare]
-        changed = [row for row, table in enumerate(tables) if table != self._written[row]]
-        for row in changed:
-            self._written[row] = list(tables[row])
-            self._host_tables[row, : len(tables[row])] = torch.tensor(tables[row], dtype=torch.int32)
-        if changed:
-            self._tables[:size].copy_(self._host_tables[:size], non_blocking=True)
+        rows = [*ids, *nothing, *positions, *nothing]
+        for group, written in enumerate(self._written):
+            held = [chunk.request.blocks[group] for chunk in plan]
+            rows += [self._slot(table, chunk.start) for table, chunk in zip(held, plan, strict=True)]
+            rows += [self.scratch * self.block_size] * spare
+            tables = [*held, *[[self.scratch]] * spare]
+            changed = [row for row, table in enumerate(tables) if table != written[row]]
+            for row in changed:
+                written[row] = list(tables[row])
+                self._host_tables[group, row, : len(tables[row])] = torch.tensor(tables[row], dtype=torch.int32)
+            if changed:
+                self._tables[group, :size].copy_(self._host_tables[group, :size], non_blocking=True)
+        inputs = len(rows)
+        self._host_inputs[:inputs] = torch.tensor(rows)
+        self._inputs[:inputs].copy_(self._host_inputs[:inputs], non_blocking=True)
 
     def _slot(self, blocks: Sequence[int], position: int) -> int:
         return blocks[position // self.block_size] * self.block_size + position % self.block_size

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
 
+from runtime.blocks import most_blocks
 from runtime.config import EngineConfig
 from runtime.errors import LoadError
+
+if TYPE_CHECKING:
+    from attention.base import Reach
 
 CACHE_FRACTION = 0.5
 """Of the memory available after the weights are loaded, when no size is asked for."""
@@ -20,16 +27,19 @@ UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "g
 
 @dataclass(frozen=True)
 class CacheSize:
-    """The KV cache in blocks, and the longest sequence that is served."""
+    """The KV cache in blocks, and the longest sequence that is served; ``sequences`` such sequences fit at once. A sequence
+    has a block for each of ``groups`` groups of layers, as long as they all see its tokens: ``tokens`` fit at least."""
 
     blocks: int
     block_size: int
     max_model_len: int
     nbytes: int
+    sequences: float
+    groups: int = 1
 
     @property
     def tokens(self) -> int:
-        return self.blocks * self.block_size
+        return self.blocks // self.groups * self.block_size
 
 
 def size_cache(
@@ -39,15 +49,22 @@ def size_cache(
     device: torch.device,
     state_bytes: int = 0,
     graph_bytes: int = 0,
+    reaches: Sequence[Reach | None] = (None,),
+    longest_chunk: int | None = None,
 ) -> CacheSize:
     """Blocks for the KV cache. ``token_bytes`` is what one token takes in all layers (0 if all are recurrent), ``context``
     what the model was made for (``None``: it does not say), ``state_bytes`` and ``graph_bytes`` what recurrent layers and CUDA
-    graphs take beside it.
+    graphs take beside it. ``reaches`` and ``longest_chunk`` as in :func:`runtime.blocks.most_blocks`.
 
     Asked for by size: exactly that. Otherwise as much as ``max_num_seqs`` sequences of ``max_model_len`` can use, within
     ``mem_fraction_static`` (:data:`CACHE_FRACTION`) of the available memory. Raises :class:`LoadError` if ``max_model_len``
     was asked for and does not fit; if it was not, it is lowered to what fits.
     """
+    block_bytes = config.block_size * token_bytes // len(reaches)
+
+    def most(tokens: int) -> int:
+        return most_blocks(tokens, config.block_size, reaches, longest_chunk)
+
     if context is not None and (config.max_model_len or 0) > context:
         raise LoadError(
             f"max_model_len {config.max_model_len} is more than the {context} positions that the model was made for."
@@ -63,28 +80,29 @@ def size_cache(
         )
     wanted = config.max_model_len or context or 4096
     if config.max_total_tokens is not None:
-        tokens = config.max_total_tokens
+        blocks = config.max_total_tokens // config.block_size * len(reaches)
     elif config.kv_cache_memory is not None:
-        tokens = parse_bytes(config.kv_cache_memory) // max(1, token_bytes)
+        blocks = parse_bytes(config.kv_cache_memory) // max(1, block_bytes)
     else:
         fraction = config.mem_fraction_static or CACHE_FRACTION
-        tokens = min(config.max_num_seqs * wanted, int(available * fraction) // max(1, token_bytes))
-        tokens = -(-tokens // config.block_size) * config.block_size
-    blocks = tokens // config.block_size
-    nbytes = blocks * config.block_size * token_bytes
-    if blocks < 1 or nbytes > available:
+        blocks = min(config.max_num_seqs * most(wanted), int(available * fraction) // max(1, block_bytes))
+    nbytes = blocks * block_bytes
+    if blocks < most(1) or nbytes > available:
+        tokens = blocks // len(reaches) * config.block_size
         raise LoadError(
-            f"A KV cache of {blocks * config.block_size} tokens takes {format_bytes(nbytes)} ({token_bytes} bytes a token), "
+            f"A KV cache of {tokens} tokens takes {format_bytes(nbytes)} ({token_bytes} bytes a token), "
             f"of {format_bytes(available)} available. At most {available // max(1, token_bytes)} tokens fit; "
             f"it needs room for one block of {config.block_size}."
         )
-    capacity = blocks * config.block_size
+    # The longest sequence that fits; `most` never falls.
+    capacity = bisect_right(range(1, wanted + 1), blocks, key=most)
     if config.max_model_len is not None and config.max_model_len > capacity:
         raise LoadError(
-            f"max_model_len {config.max_model_len} needs {format_bytes(config.max_model_len * token_bytes)} of KV cache, but "
-            f"it has {capacity} tokens ({format_bytes(nbytes)}). Lower max_model_len to {capacity} or enlarge the cache."
+            f"max_model_len {config.max_model_len} needs {format_bytes(most(config.max_model_len) * block_bytes)} of KV "
+            f"cache, but it has {blocks // len(reaches) * config.block_size} tokens ({format_bytes(nbytes)}). Lower "
+            f"max_model_len to {capacity} or enlarge the cache."
         )
-    return CacheSize(blocks, config.block_size, min(wanted, capacity), nbytes)
+    return CacheSize(blocks, config.block_size, capacity, nbytes, blocks / most(capacity), len(reaches))
 
 
 def available_bytes(device: torch.device) -> int:

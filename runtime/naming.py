@@ -17,14 +17,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Headers:
-    """``tensors``: what is stored, under the names of the model's tree. ``merged``: stored names that Transformers stacks
-    into one parameter (each expert's matrix, say) -> the name of that parameter. ``sources``: the name in the model's
+    """``tensors``: what is stored, under the names of the model's tree. ``converted``: stored names that Transformers makes
+    other parameters of -> their names: one, which it stacks of several (each expert's matrix, say), or several that it
+    cuts one into. ``sources``: the name in the model's
     tree -> the name in the file; ``places``: of parts of a stored stack, their place along its first dimension.
     ``written``: linear layers of experts -> their names in the file, where they differ; ``aliases``: the tensors of these
     layers by their names in the file."""
 
     tensors: Mapping[str, TensorSpec]
-    merged: Mapping[str, str]
+    converted: Mapping[str, tuple[str, ...]]
     sources: Mapping[str, str]
     places: Mapping[str, int]
     written: Mapping[str, str]
@@ -49,13 +50,19 @@ class Naming:
 
         return str(rename_source_key(stored, self._renamings, [])[0])
 
-    def rename(self, stored: str) -> tuple[str, bool]:
-        """The name in the tree, and whether a converter makes the tensor from this one, perhaps among others."""
+    def rename(self, stored: str) -> tuple[str, tuple[str, ...]]:
+        """The name in the tree, and the tensors that a converter makes from this one, perhaps among others; it may be none."""
         from transformers.core_model_loading import rename_source_key
 
         name, converted = rename_source_key(stored, self._renamings, self._converters, self._prefix, self._state)
         # Transformers adds or strips the base prefix only for names of the state dict, where qweight and the like are not.
-        return (name, True) if converted is not None else (self._in_tree(name), False)
+        return (name, self._targets(name, converted)) if converted is not None else (self._in_tree(name), ())
+
+    def _targets(self, first: str, pattern: str) -> tuple[str, ...]:
+        """What the converter of ``pattern`` makes, of which ``first`` is the name of the first."""
+        converter = next(entry for entry in self._converters if pattern in entry.source_patterns)
+        known, *others = converter.target_patterns
+        return (first, *(first.replace(known, other) for other in others if known in first))
 
     def _in_tree(self, name: str) -> str:
         """The name with the base prefix that its module has in the tree. What follows the module may have dots of its own:
@@ -76,22 +83,22 @@ def rename_headers(checkpoint: Checkpoint, model: nn.Module, experts: ExpertPlan
 
     naming = Naming(model, experts.conversions(get_model_conversion_mapping(model)))
     tensors: dict[str, TensorSpec] = {}
-    merged: dict[str, str] = {}
+    converted: dict[str, tuple[str, ...]] = {}
     sources: dict[str, str] = {}
     places: dict[str, int] = {}
     written: dict[str, str] = {}
     aliases: dict[str, TensorSpec] = {}
     for stored, spec in checkpoint.tensors.items():
-        name, converted = naming.rename(stored)
+        name, targets = naming.rename(stored)
         if stack := experts.stack(name):
             tensors |= dict.fromkeys(stack.parts, stack.part_of(spec))
             sources |= dict.fromkeys(stack.parts, stored)
             places |= {part: place for place, part in enumerate(stack.parts)}
-        elif converted:
-            merged[stored] = name
+        elif targets:
+            converted[stored] = targets
         else:
             tensors[name], sources[name] = spec, stored
             if (layer := experts.layer_of(name)) and not stored.startswith(layer):
                 written[layer] = stored.removesuffix(name.removeprefix(layer))
                 aliases[stored] = spec
-    return Headers(tensors, merged, sources, places, written, aliases)
+    return Headers(tensors, converted, sources, places, written, aliases)

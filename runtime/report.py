@@ -16,6 +16,7 @@ from runtime.memory import CacheSize, format_bytes
 
 if TYPE_CHECKING:
     from attention.hf import Layers
+    from attention.layout import CacheLayout
     from runtime.linear_plan import ModulePlan
     from runtime.loader import LoadedModel
     from runtime.plan import LoadPlan
@@ -38,19 +39,22 @@ def engine_report(
     layers: Layers,
     selection: Selection,
     size: CacheSize,
+    layout: CacheLayout,
     stored_as: str,
     max_model_len: int,
     graphs: str,
 ) -> str:
     """The load report, with attention, the KV cache and what is said of CUDA graphs (on a CPU nothing)."""
-    token_bytes = size.nbytes // size.tokens
+    bounded = sum(reach.bounded for reach in layout.reaches)
+    windows = f"; {bounded} of {size.groups} groups of layers free the blocks behind their window" if bounded else ""
+    token_bytes = size.nbytes // (size.blocks * size.block_size) * size.groups
     lines = [
         *attention_lines(layers, selection),
         (
             "kv cache",
             f"{size.tokens} tokens ({format_bytes(size.nbytes)}, {format_bytes(token_bytes)} a token, "
             f"{size.blocks} blocks of {size.block_size}) in {stored_as}; room for "
-            f"{size.tokens / max_model_len:.1f} sequences of {max_model_len}",
+            f"{size.sequences:.1f} sequences of {max_model_len}{windows}",
         ),
         *([("graphs", graphs)] if graphs else []),
     ]

@@ -181,10 +181,12 @@ class TokenLogprob(NamedTuple):
 class Request:
     """One sequence on its way through the engine. ``index`` tells the ``n`` samples of one prompt apart.
 
-    ``computed`` tokens from the left have their keys and values in ``blocks``; a preempted request starts at 0 again.
+    ``computed`` tokens from the left have their keys and values in ``blocks``, a table for each group of layers; a preempted
+    request starts at 0 again.
     ``scored`` prompt tokens have had their log-probabilities reported, which a preemption does not take back. The first
     ``cached`` tokens were found in the cache on first admission, at the time ``started``. ``chain`` identifies the full
-    blocks in the prefix cache. ``slot`` is where recurrent layers keep its state while it runs.
+    blocks in the prefix cache. ``slot`` is where recurrent layers keep its state while it runs. ``factors`` names the
+    rotary factors of what is computed (:mod:`runtime.factors`).
     """
 
     uid: int
@@ -197,10 +199,11 @@ class Request:
     output: list[int] = field(default_factory=list)
     computed: int = 0
     scored: int = 0
-    blocks: list[int] = field(default_factory=list)
+    blocks: list[list[int]] = field(default_factory=list)
     chain: list[int] = field(default_factory=list)
     cached: int = 0
     slot: int | None = None
+    factors: int = 0
     arrived: float = field(default_factory=time.monotonic)
     started: float | None = None
     matcher: Matcher | None = None

@@ -17,6 +17,7 @@ from attention.base import AttentionBackend, AttentionBatch, AttentionSpec
 from attention.hf import forward_batch
 from attention.kv_cache import KVCache
 from attention.states import Segment, StateCache
+from runtime.factors import Factors
 from runtime.grammar import GrammarError
 from runtime.graphs import Capture, DecodeGraphs, Logits
 from runtime.request import Request, TokenLogprob
@@ -45,12 +46,14 @@ class Runner:
         backend: AttentionBackend,
         cache: KVCache,
         states: StateCache | None = None,
+        factors: Factors | None = None,
     ):
         self.model = model
         self.specs = specs
         self.backend = backend
         self.cache = cache
         self.states = states
+        self.factors = factors
         self.device = next(model.parameters()).device
         self.graphs: DecodeGraphs | None = None
         self._keeps_logits = bool(cast(Any, model)._supports_logits_to_keep())
@@ -60,10 +63,11 @@ class Runner:
         """Run decoding steps of up to the largest of ``sizes`` sequences, none longer than ``longest`` tokens, by what
         ``capture`` makes of them. The last block of the cache must be nobody's."""
         self.graphs = DecodeGraphs(
-            lambda ids, positions, batch, keep: self._forward(ids, positions, batch, keep, []),
+            lambda ids, positions, batches, keep: self._forward(ids, positions, batches, keep),
             capture,
             sizes,
             block_size=self.cache.block_size,
+            groups=len(self.cache.layout.reaches),
             scratch=self.cache.blocks - 1,
             blocks=-(-longest // self.cache.block_size),
             device=self.device,
@@ -76,20 +80,23 @@ class Runner:
         # Of one token each, chunks give a row each, or none: only then is every row of a graph wanted.
         if self.graphs and self.graphs.fits(plan) and len(rows) == len(plan):
             return self._read(rows, self.graphs.run(plan))
-        ids, positions, batch = self._pack(plan)
+        ids, positions, batches = self._pack(plan)
         keep = torch.tensor([row for _, row, _ in rows] or [0], device=self.device)
-        return self._read(rows, self._forward(ids, positions, batch, keep, self._segments(plan)))
+        return self._read(rows, self._forward(ids, positions, batches, keep, self._segments(plan), self._lengths(plan)))
 
-    def _pack(self, plan: Plan) -> tuple[Tensor, Tensor, AttentionBatch]:
-        batch = AttentionBatch.pack(
-            queries=[chunk.size for chunk in plan],
-            kv_lens=[chunk.stop for chunk in plan],
-            tables=[chunk.request.blocks for chunk in plan],
-            block_size=self.cache.block_size,
-            device=self.device,
-        )
+    def _pack(self, plan: Plan) -> tuple[Tensor, Tensor, list[AttentionBatch]]:
+        batches = [
+            AttentionBatch.pack(
+                queries=[chunk.size for chunk in plan],
+                kv_lens=[chunk.stop for chunk in plan],
+                tables=[chunk.request.blocks[group] for chunk in plan],
+                block_size=self.cache.block_size,
+                device=self.device,
+            )
+            for group in range(len(self.cache.layout.reaches))
+        ]
         ids = [token for chunk in plan for token in chunk.request.ids(chunk.start, chunk.stop)]
-        return torch.tensor([ids], device=self.device), batch.positions()[None], batch
+        return torch.tensor([ids], device=self.device), batches[0].positions()[None], batches
 
     def _segments(self, plan: Plan) -> list[Segment]:
         """Where the states of each sequence are, if the model keeps any."""
@@ -100,6 +107,12 @@ class Runner:
             segments.append(Segment(chunk.request.slot, first, chunk.size, fresh=chunk.start == 0))
             first += chunk.size
         return segments
+
+    def _lengths(self, plan: Plan) -> list[int]:
+        """For the rotary embedding, the length of the sequence of each token, if that matters."""
+        if self.factors is None:
+            return []
+        return [n for chunk in plan for n in self.factors.lengths(chunk.request, chunk.start, chunk.stop)]
 
     @staticmethod
     def _wanted_rows(plan: Plan) -> list[tuple[Request, int, int | None]]:
@@ -119,11 +132,17 @@ class Runner:
         return rows
 
     def _forward(
-        self, ids: Tensor, positions: Tensor, batch: AttentionBatch, keep: Tensor, segments: list[Segment]
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        batches: list[AttentionBatch],
+        keep: Tensor,
+        segments: Sequence[Segment] = (),
+        lengths: Sequence[int] = (),
     ) -> Logits:
         """Logits of the rows ``keep``. Waits for nothing on the host, unless the model does."""
         options = {"logits_to_keep": keep} if self._keeps_logits else {}
-        with forward_batch(batch, self.cache, self.backend, self.specs, self.states, segments):
+        with forward_batch(batches, self.cache, self.backend, self.specs, self.states, segments, lengths):
             logits = self.model(input_ids=ids, position_ids=positions, use_cache=False, **options).logits[0]
         return Logits.of(logits if self._keeps_logits else logits[keep])
 

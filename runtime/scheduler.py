@@ -12,7 +12,8 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from runtime.blocks import BlockPool
+from runtime.blocks import BlockPool, Prefix
+from runtime.factors import Factors
 from runtime.request import FinishReason, Request
 
 SCORED_ROWS = 256
@@ -42,11 +43,21 @@ class Scheduler:
     """Requests wait in order of arrival, run together, and are forgotten when they end.
 
     ``whole_prompts``: a prompt is computed in one piece, beyond ``max_batched_tokens`` if it must be. A running request
-    owns one of ``max_running`` slots for the state of recurrent layers.
+    owns one of ``max_running`` slots for the state of recurrent layers. A request that grows out of the rotary factors
+    its tokens have been computed with starts again.
     """
 
-    def __init__(self, pool: BlockPool, max_batched_tokens: int, max_running: int, *, whole_prompts: bool = False):
+    def __init__(
+        self,
+        pool: BlockPool,
+        max_batched_tokens: int,
+        max_running: int,
+        *,
+        whole_prompts: bool = False,
+        factors: Factors | None = None,
+    ):
         self.pool = pool
+        self.factors = factors
         self.whole_prompts = whole_prompts
         self.max_batched_tokens = max_batched_tokens
         # A decode needs one token of the budget: more running requests than that would starve the youngest.
@@ -69,6 +80,8 @@ class Scheduler:
 
     def schedule(self) -> Plan:
         """The chunks of the next step, blocks already reserved; empty only if there is no work."""
+        if self.factors:
+            self._start_again_beyond_factors(self.factors)
         budget = self.max_batched_tokens
         plan: dict[Request, Chunk] = {}
         decodes_first = sorted(self.running, key=lambda request: len(request) - request.computed > 1)
@@ -93,7 +106,14 @@ class Scheduler:
             budget = max(0, budget - plan[request].size)
         return list(plan.values())
 
-    def _start(self, request: Request, found: list[int]) -> None:
+    def _start_again_beyond_factors(self, factors: Factors) -> None:
+        for request in reversed(self.running.copy()):
+            if request.factors != factors.of(request):
+                self._send_back(request)
+        for request in self.waiting:
+            request.factors = factors.of(request)
+
+    def _start(self, request: Request, found: Prefix) -> None:
         self.running.append(request)
         request.slot = self._slots.pop()
         self.pool.adopt(request, found)
@@ -106,6 +126,7 @@ class Scheduler:
         count = len(request) - request.computed
         if not self.whole_prompts:
             count = min(count, budget, SCORED_ROWS if request.scores_prompt else count)
+        self.pool.give_back(request)
         while not self.pool.grow(request, request.computed + count):
             victim = self.running[-1]
             self._preempt(victim)
@@ -116,10 +137,13 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request) -> None:
+        self._send_back(request)
+        self.preemptions += 1
+
+    def _send_back(self, request: Request) -> None:
         self._stop(request)
         self.pool.release(request)
         self.waiting.appendleft(request)
-        self.preemptions += 1
 
     def _stop(self, request: Request) -> None:
         self.running.remove(request)

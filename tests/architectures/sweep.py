@@ -60,8 +60,8 @@ class Finding:
     note: str = ""
 
 
-def examine(model_type: str) -> Finding:
-    """Build, save, serve and compare one type."""
+def examine(model_type: str, **options: Any) -> Finding:
+    """Build, save, serve and compare one type; ``options`` are the engine's, on top of :data:`ENGINE`."""
     try:
         model = eager_model(model_type)
         alone(model, PROMPTS[0])
@@ -71,7 +71,7 @@ def examine(model_type: str) -> Finding:
         model.save_pretrained(folder)
         tiny_config(model_type).save_pretrained(folder)  # a part of it may have been enough to build the model
         try:
-            engine = Engine(EngineConfig(model=folder, **ENGINE))
+            engine = Engine(EngineConfig(model=folder, **ENGINE | options))
         except LoadError as error:
             return Finding(model_type, "refused", _line(error).replace(f"{folder}: ", ""))
         answers = serve(engine)

@@ -167,16 +167,18 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma4_text": _GEMMA4,
     "gemma4_unified": {"text_config": _GEMMA4},
     "gemma4_unified_text": _GEMMA4,
+    "falcon_h1": {"time_step_limit": (0.3, 0.8), "ssm_multipliers": [1.1, 0.9, 1.2, 0.8, 1.3]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": {"zero_expert_num": 2, "ffn_hidden_size": 48},
-    "mamba2": {"num_heads": 8},
-    # In prompts, but not in decoding, Transformers raises time steps to this least one: with any other it is not its own equal.
-    "nemotron_h": {"time_step_min": 1e-30},
+    "mamba2": {"num_heads": 8, "time_step_limit": (0.3, 0.8)},
+    "nemotron_h": {"time_step_min": 0.5},  # many time steps are shorter
     "nemotron": {"num_key_value_heads": 2},
-    "zamba2": {"time_step_min": 1e-30},  # as nemotron_h
+    "reformer": {"axial_pos_embds_dim": (16, 16)},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "zamba2": {"time_step_min": 0.5},  # as nemotron_h
     "zamba": {"attention_head_dim": 16, "attention_hidden_size": 64},
     "zaya": {"num_experts_per_tok": 1},
 }

@@ -10,9 +10,22 @@ from torch import Tensor, nn
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextAttention
 
-from attention import NAME, AttentionBatch, AttentionError, KVCache, UnsupportedAttention, forward_batch, read_specs
+from attention import (
+    NAME,
+    AttentionBatch,
+    AttentionError,
+    KVCache,
+    UnsupportedAttention,
+    expansion,
+    forward_batch,
+    read_specs,
+)
+from attention.cpu import CpuBackend
+from attention.expansion import worth_expanding
 from attention.hf import prepare, read_layers
+from attention.latent import Projection
 from attention.reference import ReferenceBackend
+from quant.kernels import native
 from tests.architectures.sweep import eager_model
 from tests.architectures.tiny import tiny_config as tiny_architecture
 from tests.attention.paging import tensors_of
@@ -47,6 +60,38 @@ def test_a_token_costs_its_latent_and_its_rotated_key(model_type: str) -> None:
     cost = len(specs) * (config.kv_lora_rank + config.qk_rope_head_dim) * torch.bfloat16.itemsize
     assert KVCache.bytes_per_token(specs, torch.bfloat16) == cost
     assert allocated(KVCache(specs, 5, 3, torch.bfloat16, "cpu")) == 5 * 3 * cost
+
+
+def projection() -> Projection:
+    """Of DeepSeek-V3."""
+    return Projection(torch.empty(128, 128 + 128, 512, device="meta"), 128)
+
+
+def test_prompts_are_expanded_and_short_pieces_after_a_long_past_are_not() -> None:
+    wanted = {(1, 1): False, (1, 8192): False, (2, 2): True, (512, 512): True, (100, 8192): False, (512, 8192): True}
+    assert {(q, kv): worth_expanding(projection(), q, kv) for q, kv in wanted} == wanted
+
+
+@pytest.mark.parametrize("expanding", [True, False])
+@pytest.mark.parametrize("most_bytes", [1, 1 << 20])
+def test_expanded_or_absorbed_the_answers_are_the_same(
+    expanding: bool, most_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole prompts, and pieces beside decoding sequences; of few bytes, a head after the other."""
+    seen = []
+
+    def decide(projection: Projection, queries: int, keys: int) -> bool:
+        seen.append((queries, keys))
+        return expanding and queries > 1
+
+    monkeypatch.setattr(expansion, "worth_expanding", decide)
+    monkeypatch.setattr(expansion, "MOST_BYTES", most_bytes)
+    model, eager = tiny_model("deepseek_v3", NAME), tiny_model("deepseek_v3", "eager")
+    for backend in (ReferenceBackend(), CpuBackend(native.build)):
+        got = serve(model, read_specs(tiny_config("deepseek_v3")), PROMPTS, MIXED, backend)
+        for logits, prompt in zip(got, PROMPTS, strict=True):
+            assert relative_error(logits, alone(eager, prompt)) < TOLERANCE
+    assert {(6, 6), (5, 5), (5, 11), (1, 5)} <= set(seen)
 
 
 def expanded() -> list[tuple[int, int, int]]:

@@ -212,15 +212,15 @@ MUTANTS = (
     Mutant(
         "off-by-one position",
         "runtime/runner.py",
-        "batch.positions()[None], batch",
-        "batch.positions()[None] + 1, batch",
+        "batches[0].positions()[None], batches",
+        "batches[0].positions()[None] + 1, batches",
         (f"{ALONE}[gpt2-ample]",),
     ),
     Mutant(
         "positions start anew in every chunk",
         "runtime/runner.py",
-        "batch.positions()[None], batch",
-        "torch.cat([torch.arange(chunk.size) for chunk in plan])[None], batch",
+        "batches[0].positions()[None], batches",
+        "torch.cat([torch.arange(chunk.size) for chunk in plan])[None], batches",
         (f"{ALONE}[llama-budget-7]", f"{ALONE}[llama-ample]", FIDELITY),
     ),
     Mutant(
@@ -273,16 +273,30 @@ MUTANTS = (
     Mutant(
         "stale prefix block",
         "runtime/blocks.py",
-        "            self.forget([block])\n",
+        "                self.forget([block])\n",
         "",
         (f"{CACHE}::test_the_end_of_the_least_recently_used_prefix_goes_first",),
     ),
     Mutant(
         "prefix block found after other tokens",
         "runtime/blocks.py",
-        "parent = self._held[block][1]",
+        "parent = cached.serial",
         "parent = self._root(request)",
         (f"{CACHE}::test_a_full_prefix_is_found_again_and_one_token_is_left", FIDELITY),
+    ),
+    Mutant(
+        "block given back while a window reaches it",
+        "runtime/blocks.py",
+        "behind = self._behind(group, request.computed)",
+        "behind = self._behind(group, request.computed + 1)",
+        ("tests/runtime/test_windows.py::test_every_token_finds_what_it_sees_and_nothing_more_is_held",),
+    ),
+    Mutant(
+        "prefix found without the window before its end",
+        "runtime/blocks.py",
+        "start <= self._behind(group, count * self.size)",
+        "start <= count",
+        ("tests/runtime/test_windows.py::test_a_prefix_ends_where_the_window_is_whole",),
     ),
     Mutant(
         "sampling from the wrong row",

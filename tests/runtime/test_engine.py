@@ -61,7 +61,8 @@ def test_greedy_tokens_are_those_of_each_sequence_alone(checkpoint: tuple[str, l
     assert [output.outputs[0].token_ids for output in llm.generate(PROMPTS, params)] == expected
     stats = llm.engine.stats()
     assert stats.free_blocks == stats.blocks
-    assert (stats.preemptions >= 5) == load.startswith("few-blocks"), stats
+    # Windows give back blocks that others need: those models preempt less.
+    assert (stats.preemptions >= (2 if "free the blocks" in llm.report else 5)) == load.startswith("few-blocks"), stats
 
 
 @pytest.mark.parametrize("budget", [2048, 7])

@@ -248,4 +248,4 @@ def test_tables_are_copied_only_when_they_change(llama: str, capture_by: Callabl
     for _ in range(6):
         core.step()
         request = core.scheduler.running[0]
-        assert graphs._tables[0, : len(request.blocks)].tolist() == request.blocks
+        assert graphs._tables[0, 0, : len(request.blocks[0])].tolist() == request.blocks[0]

@@ -103,6 +103,16 @@ def test_latents_of_8_bits_lose_what_keys_of_8_bits_lose(
     assert 0 < latent < 3 * expanded, "a row of both parts has one scale"
 
 
+@pytest.mark.parametrize("stored", ["int8", "fp8_e4m3"])
+def test_what_was_stored_is_expanded_not_what_came(folder: str, stored: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = Scorer(EngineConfig(folder, dtype="float32", tokenizer="demo", kv_cache_dtype=stored))
+    results = []
+    for expanding in (True, False):
+        monkeypatch.setattr("attention.expansion.worth_expanding", lambda *_, expanding=expanding: expanding)
+        results.append(scorer.logits(PROMPTS[2]))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
 def test_static_scales_of_keys_are_left_out_and_said_to_be(folder: str, tmp_path: Path) -> None:
     names = [f"model.layers.{layer}.self_attn.{part}_scale" for layer in range(LAYERS) for part in "kv"]
     save_file({name: torch.tensor(1e-4) for name in names}, tmp_path / "scales.safetensors")

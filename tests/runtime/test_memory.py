@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from attention.base import Reach
 from runtime import memory
+from runtime.blocks import most_blocks
 from runtime.config import EngineConfig
 from runtime.errors import LoadError
 
@@ -24,7 +26,7 @@ def size(context: int | None = 1000, token_bytes: int = 1000, **options: Any) ->
 
 
 def test_what_the_requests_can_use_if_it_fits() -> None:
-    assert size(max_num_seqs=4).tokens == 4000
+    assert size(max_num_seqs=4).tokens == 4 * 1008, "each sequence in whole blocks of 16 tokens"
     assert size(max_num_seqs=4).max_model_len == 1000
 
 
@@ -81,8 +83,31 @@ def test_states_of_recurrent_layers_are_taken_from_what_is_available(monkeypatch
     config = EngineConfig(model="x", max_num_seqs=4)
     without = memory.size_cache(config, 10, 4096, CPU)
     beside = memory.size_cache(config, 10, 4096, CPU, state_bytes=5_000)
-    assert (without.tokens, beside.tokens) == (512, 256)
+    assert (without.tokens, beside.tokens) == (496, 240)
     with pytest.raises(LoadError, match=r"recurrent layers take .* for 4 sequences .* Lower max_num_seqs"):
         memory.size_cache(config, 10, 4096, CPU, state_bytes=20_000)
     recurrent_only = memory.size_cache(config, 0, 64, CPU, state_bytes=5_000)
     assert (recurrent_only.tokens, recurrent_only.nbytes) == (4 * 64, 0)
+
+
+@pytest.mark.parametrize(
+    ("reaches", "tokens", "share"),
+    [
+        ([None] + [Reach(window=1024)] * 5, 32768, 0.25),  # Gemma 3 12B
+        ([None, Reach(window=128)], 131072, 0.51),  # gpt-oss-20b
+        ([Reach(window=4096)], 32768, 0.19),  # Mistral 7B v0.1
+        ([None, Reach(window=4096)], 4096, 1.0),  # Gemma 2, whose window is no shorter than such a sequence
+    ],
+)
+def test_what_a_sequence_takes_where_layers_have_windows(
+    reaches: list[Reach | None], tokens: int, share: float
+) -> None:
+    """Chunks of 2048 tokens, the default; the planner serves as long a sequence as fits in the same memory."""
+    most = most_blocks(tokens, 16, reaches, 2048)
+    assert most / (len(reaches) * tokens // 16) == pytest.approx(share, abs=0.005)
+    memory_of_it = most * 16 * 1000 // len(reaches)
+    config = EngineConfig(model="x", kv_cache_memory=memory_of_it)
+    found = memory.size_cache(config, 1000, 10**6, CPU, reaches=reaches, longest_chunk=2048)
+    assert tokens <= found.max_model_len
+    ends = None in reaches  # where all layers have a window, nothing grows
+    assert (most_blocks(found.max_model_len + 1, 16, reaches, 2048) > found.blocks) == ends

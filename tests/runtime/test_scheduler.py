@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from runtime.blocks import BlockPool
+from runtime.blocks import GONE, BlockPool
 from runtime.request import FinishReason, Request, SamplingParams
 from runtime.scheduler import SCORED_ROWS, Scheduler
 
@@ -25,7 +25,9 @@ def run_step(scheduler: Scheduler) -> dict[Request, FinishReason]:
     for chunk in plan:
         assert chunk.size > 0
         assert chunk.start == chunk.request.computed
-        assert len(chunk.request.blocks) >= scheduler.pool.blocks_for(chunk.stop)
+        for table, reach in zip(chunk.request.blocks, scheduler.pool.reaches, strict=True):
+            assert len(table) >= scheduler.pool.blocks_for(chunk.stop)
+            assert GONE not in table[0 if reach is None else reach.first(chunk.start) // scheduler.pool.size :]
     scheduler.pool.check(scheduler.live())
     ended = scheduler.commit(plan, {chunk.request: 7 for chunk in plan if chunk.samples})
     scheduler.pool.check(scheduler.live())
@@ -113,7 +115,7 @@ def test_the_integrity_check_sees_a_leak_and_a_shared_block() -> None:
     assert pool.grow(leaking, 4)
     with pytest.raises(AssertionError, match="leaked or shared"):
         pool.check(())
-    other.blocks = list(leaking.blocks)
+    other.blocks = [list(table) for table in leaking.blocks]
     with pytest.raises(AssertionError, match="leaked or shared"):
         pool.check((leaking, other))
 
@@ -130,7 +132,7 @@ def finished(pool: BlockPool, request: Request) -> Request:
 def test_a_full_prefix_is_found_again_and_one_token_is_left() -> None:
     pool = BlockPool(10, 4)
     finished(pool, make_request(0, 12, 1))
-    assert [len(pool.match(make_request(1, length, 1))) for length in (4, 5, 12, 13, 40)] == [0, 1, 2, 3, 3]
+    assert [len(pool.match(make_request(1, length, 1)).chain) for length in (4, 5, 12, 13, 40)] == [0, 1, 2, 3, 3]
     pool.check(())
 
 
@@ -139,9 +141,9 @@ def test_a_prefix_is_found_only_with_the_same_tokens_before_it_and_the_same_salt
     finished(pool, make_request(0, 12, 1))
     other = make_request(1, 12, 1)
     other.prompt[1] = 99
-    assert pool.match(other) == [], "the second block is equal, what stands before it is not"
-    assert pool.match(make_request(2, 12, 1, cache_salt="tenant")) == []
-    assert pool.match(make_request(3, 12, 1, prompt_logprobs=0)) == [], "every position has to be computed"
+    assert not pool.match(other).chain, "the second block is equal, what stands before it is not"
+    assert not pool.match(make_request(2, 12, 1, cache_salt="tenant")).chain
+    assert not pool.match(make_request(3, 12, 1, prompt_logprobs=0)).chain, "every position has to be computed"
 
 
 def test_the_end_of_the_least_recently_used_prefix_goes_first() -> None:
@@ -150,8 +152,8 @@ def test_the_end_of_the_least_recently_used_prefix_goes_first() -> None:
     finished(pool, make_request(1, 12, 1, cache_salt="new"))
     growing = make_request(2, 8, 1, cache_salt="third")
     assert pool.grow(growing, 8)
-    assert len(pool.match(make_request(3, 13, 1, cache_salt="old"))) == 1
-    assert len(pool.match(make_request(4, 13, 1, cache_salt="new"))) == 3
+    assert len(pool.match(make_request(3, 13, 1, cache_salt="old")).chain) == 1
+    assert len(pool.match(make_request(4, 13, 1, cache_salt="new")).chain) == 3
     pool.check((growing,))
 
 
@@ -170,7 +172,7 @@ def test_forgotten_blocks_are_not_found_and_not_lost() -> None:
     pool = BlockPool(4, 4)
     request = finished(pool, make_request(0, 12, 1))
     pool.forget()
-    assert pool.match(request) == []
+    assert not pool.match(request).chain
     pool.check(())
     assert pool.free == 4
 
@@ -180,7 +182,7 @@ def test_growing_beyond_the_pool_changes_nothing() -> None:
     request = make_request(0, 30, 1)
     assert pool.grow(request, 9)
     assert not pool.grow(request, 13)
-    assert len(request.blocks) == 3
+    assert len(request.blocks[0]) == 3
 
 
 def test_running_requests_own_different_slots_and_give_them_back() -> None:
