@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 from transformers import AutoTokenizer
 
 from runtime import LLM, SamplingParams, load_model
 from runtime.checkpoint import locate
 from tests.awq_writer import write_awq
+from tests.greedy import greedy_alone
 from tests.tiny_models import VOCABULARY, tiny_model
 
 NEW_TOKENS = 16
@@ -31,14 +31,6 @@ LOADS: dict[str, dict[str, Any]] = {
 ARCHITECTURES = ("llama", "qwen3", "gemma2", "gpt_oss", "phi3", "gpt2")
 
 
-@torch.inference_mode()
-def greedy_alone(model: nn.Module, prompt: list[int]) -> list[int]:
-    ids = list(prompt)
-    for _ in range(NEW_TOKENS):
-        ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-    return ids[len(prompt) :]
-
-
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[list[int]]]:
     """A folder, and what the model in it answers."""
@@ -50,7 +42,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         model.save_pretrained(folder)  # its linears are Conv1D, which AWQ does not quantize
     else:
         write_awq(model, folder, group=32)
-    return str(folder), [greedy_alone(model, prompt) for prompt in PROMPTS]
+    return str(folder), [greedy_alone(model, prompt, NEW_TOKENS) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("load", LOADS)

@@ -24,6 +24,7 @@ from runtime.loader import load
 from runtime.plan import make_plan
 from runtime.verify import verify
 from tests.families import FAMILIES
+from tests.greedy import greedy_alone
 from tests.moe_writer import MODELS, SIZES, dense_twin, moe_model, write_moe, write_mxfp4
 from tests.planned import assert_bytes_as_planned
 from tests.tiny_models import VOCABULARY, tiny_model
@@ -137,13 +138,7 @@ def test_the_engine_says_what_the_loaded_model_says(tmp_path: Path, stacked: Pat
     folder = stacked if name == "gpt_oss" else written(name, tmp_path, ENGINE[name])
     model = load_model(folder, dtype="float32")
     prompts = [[(7 * i * i + 5 * place) % VOCABULARY for i in range(n)] for place, n in enumerate((9, 3, 14))]
-    expected = []
-    for prompt in prompts:
-        ids = list(prompt)
-        for _ in range(6):
-            with torch.inference_mode():
-                ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-        expected.append(ids[len(prompt) :])
+    expected = [greedy_alone(model, prompt, 6) for prompt in prompts]
     llm = LLM(str(folder), dtype="float32", skip_tokenizer_init=True, max_num_batched_tokens=7, max_total_tokens=64)
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     assert [output.outputs[0].token_ids for output in llm.generate(prompts, params)] == expected

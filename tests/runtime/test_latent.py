@@ -21,6 +21,7 @@ from runtime.evaluation.scorer import Scorer
 from runtime.kv_storage import plan_storage
 from runtime.plan import make_plan
 from runtime.weights import StoredWeights
+from tests.greedy import greedy_alone
 from tests.tiny_models import VOCABULARY, tiny_model
 
 LAYERS, HEADS, RANK, ROTATED = 3, 4, 16, 4
@@ -45,13 +46,7 @@ def tokens_of(llm: LLM) -> list[list[int]]:
 def test_a_quantized_projection_is_dense_in_the_engine_and_nowhere_else(folder: str, quantization: str) -> None:
     model = load_model(folder, quantization=quantization, dtype="float32", weight_only=True)
     assert isinstance(model.get_submodule("model.layers.0.self_attn.kv_b_proj"), QuantLinear)
-    expected = []
-    for prompt in PROMPTS:
-        ids = list(prompt)
-        for _ in range(6):
-            with torch.inference_mode():
-                ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-        expected.append(ids[len(prompt) :])
+    expected = [greedy_alone(model, prompt, 6) for prompt in PROMPTS]
     llm = LLM(folder, quantization=quantization, weight_only=True, max_num_batched_tokens=7, **OPTIONS)
     assert tokens_of(llm) == expected
 

@@ -14,6 +14,7 @@ from runtime.blocks import GONE, BlockPool
 from runtime.engine import Engine
 from runtime.request import Request
 from runtime.scheduler import Scheduler
+from tests.greedy import greedy_alone
 from tests.runtime.test_scheduler import finished, make_request, run_step
 from tests.tiny_models import VOCABULARY, tiny_model
 
@@ -106,14 +107,7 @@ def answered(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[list[i
     model = tiny_model("gemma3", num_hidden_layers=4, layer_types=LAYERS)
     folder = tmp_path_factory.mktemp("gemma3")
     model.save_pretrained(folder)
-    answers = []
-    with torch.inference_mode():
-        for prompt in PROMPTS:
-            ids = list(prompt)
-            for _ in range(GREEDY.max_tokens or 0):
-                ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-            answers.append(ids[len(prompt) :])
-    return str(folder), answers
+    return str(folder), [greedy_alone(model, prompt, GREEDY.max_tokens or 0) for prompt in PROMPTS]
 
 
 @pytest.fixture(scope="module")
