@@ -104,7 +104,7 @@ def test_sequences_would_leak_into_each_other_if_they_were_one() -> None:
 
 
 def test_llama4_scales_queries_by_position_and_not_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf, "tempers_rows", lambda module: False)
+    monkeypatch.setattr("attention.serving.tempers_rows", lambda module: False)
     logits = serve(tiny_model("llama4", NAME), specs_of("llama4"), PROMPTS, MIXED)
     assert max(map(relative_error, logits, alone_logits("llama4"))) > BITE
 
