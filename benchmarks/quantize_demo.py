@@ -16,9 +16,6 @@ and, being tied to the output head, is stored once. The tokenizer files are copi
 
 from __future__ import annotations
 
-import argparse
-import shutil
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,10 +24,9 @@ from awq.quantize.quantizer import AwqQuantizer
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.calibration import WINDOW, calibration_windows
+from benchmarks.calibration import WINDOW, calibration_windows, copy_tokenizer, parse_arguments
 
 CONFIG = {"w_bit": 4, "q_group_size": 128, "zero_point": True, "version": "GEMM"}
-COPIED = ("tokenizer.json", "tokenizer_config.json")
 
 
 class Quantizer(AwqQuantizer):
@@ -62,12 +58,7 @@ def copy_state(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, m
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder of the bf16 checkpoint")
-    parser.add_argument("--calibration", type=Path, required=True, help="calibration.jsonl that train_demo wrote")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the AWQ checkpoint")
-    parser.add_argument("--windows", type=int, default=128, help="calibration windows of 512 tokens")
-    arguments = parser.parse_args()
+    arguments = parse_arguments(__doc__)
     torch.manual_seed(0)
 
     # Named outright: Transformers 4 does not know the class that Transformers 5 writes into tokenizer_config.json.
@@ -89,8 +80,7 @@ def main() -> None:
         quantizer_cls=Quantizer,
     )
     model.save_quantized(str(arguments.out))
-    for name in COPIED:
-        shutil.copyfile(arguments.model / name, arguments.out / name)
+    copy_tokenizer(arguments.model, arguments.out)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ itself. ``calibration.jsonl`` is what ``benchmarks/train_demo.py`` writes before
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import tempfile
 from pathlib import Path
@@ -22,20 +21,14 @@ import torch
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.calibration import calibration_windows
+from benchmarks.calibration import calibration_windows, copy_tokenizer, parse_arguments
 
 KEPT = ("config.json", "model.safetensors")
 """Of what the library writes; its quantize_config.json says the same again, and the tokenizer is the original's."""
-COPIED = ("tokenizer.json", "tokenizer_config.json")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder of the bf16 checkpoint")
-    parser.add_argument("--calibration", type=Path, required=True, help="calibration.jsonl that train_demo wrote")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the GPTQ checkpoint")
-    parser.add_argument("--windows", type=int, default=128, help="calibration windows of 512 tokens")
-    arguments = parser.parse_args()
+    arguments = parse_arguments(__doc__)
     torch.manual_seed(0)
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(arguments.model)
@@ -48,8 +41,7 @@ def main() -> None:
         model.save(scratch)
         for name in KEPT:
             shutil.copyfile(Path(scratch) / name, arguments.out / name)
-    for name in COPIED:
-        shutil.copyfile(arguments.model / name, arguments.out / name)
+    copy_tokenizer(arguments.model, arguments.out)
 
 
 if __name__ == "__main__":
