@@ -3,7 +3,7 @@
 Everything that touches the engine runs on that thread: other threads hand it functions, which it calls between two steps.
 So an abort takes effect within one step. Answers go back to the loop once a step, or :data:`PIECES_PER_SECOND` times where
 steps are shorter than that, but for beginnings and ends, which go at once: every piece that is sent keeps the interpreter
-from the next step. A reader that is slow gets its pieces merged, so what waits for it never exceeds its own answer.
+from the next step.
 
 If the engine cannot be loaded or stops, every stream gets the error and ``on_end`` is called: nobody waits for ever.
 """
@@ -17,7 +17,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from runtime.config import EngineConfig
@@ -25,6 +24,7 @@ from runtime.engine import Engine
 from runtime.errors import EngineDead, Error, Overloaded
 from runtime.grammar import Matcher
 from runtime.request import Delta, FinishReason, SamplingParams
+from runtime.stream import Stream
 
 logger = logging.getLogger(__name__)
 
@@ -32,71 +32,6 @@ IDLE_SECONDS = 1.0
 """How long an idle thread sleeps before it says again that it is alive."""
 PIECES_PER_SECOND = 60
 """As many as a screen shows; nobody sees more."""
-
-
-@dataclass(eq=False)
-class Stream:
-    """What comes back for some prompts that were submitted together. Lives on the event loop.
-
-    ``read`` until it returns nothing; ``close`` in any case, which aborts what has not ended.
-    """
-
-    worker: Worker
-    prompts: Sequence[list[int]]
-    params: SamplingParams
-    matcher: Matcher | None
-    accepted: asyncio.Future[None]
-    submitted: float = field(default_factory=time.monotonic)
-    token_times: dict[tuple[int, int], tuple[float, float]] = field(default_factory=dict)
-    begun: bool = False
-    closed: bool = False
-    left: int = 0
-    error: Exception | None = None
-    _pending: dict[tuple[int, int], Delta] = field(default_factory=dict)
-    _ready: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def __post_init__(self) -> None:
-        self.left = len(self.prompts) * self.params.n
-
-    async def read(self) -> list[tuple[int, Delta]]:
-        """Wait for the next pieces, ``(position of the prompt, Delta)``; empty once all has been read."""
-        while not self._pending:
-            if self.error is not None:
-                raise self.error
-            if not self.left:
-                return []
-            self._ready.clear()
-            await self._ready.wait()
-        pending, self._pending = self._pending, {}
-        return [(place, delta) for (place, _), delta in pending.items()]
-
-    def close(self) -> None:
-        """Abort what has not ended and free its blocks; may be called twice."""
-        if not self.closed:
-            self.closed = True
-            self.worker.forget(self)
-
-    def deliver(self, place: int, delta: Delta) -> None:
-        if self.closed or self.error is not None:
-            return
-        known = self._pending.get((place, delta.index))
-        if known is None:
-            self._pending[place, delta.index] = delta
-        else:
-            known.merge(delta)
-        self.left -= delta.finish_reason is not None
-        self._ready.set()
-
-    def fail(self, error: Exception) -> None:
-        """End with ``error``, after what has been delivered."""
-        self.error = self.error or error
-        if not self.accepted.done():
-            self.accepted.set_exception(error)
-        self._ready.set()
-
-    def accept(self) -> None:
-        if not self.accepted.done():
-            self.accepted.set_result(None)
 
 
 class Worker:

@@ -29,7 +29,8 @@ from runtime.server.options import ServerOptions
 from runtime.server.reply import ReplyFormat
 from runtime.server.template import RENDER_SECONDS, load_template, render
 from runtime.server.tokens import TokenTable
-from runtime.worker import Stream, Worker, failure_of
+from runtime.stream import Stream
+from runtime.worker import Worker, failure_of
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ import pytest
 from runtime import worker as module
 from runtime.config import EngineConfig
 from runtime.request import Delta, FinishReason, SamplingParams
-from runtime.worker import Stream, Worker
+from runtime.stream import Stream
+from runtime.worker import Worker
 
 INTERVAL = 0.2
 
