@@ -37,6 +37,7 @@ from attention import latent, mixers
 from attention.base import AttentionBackend, AttentionBatch, AttentionError, AttentionSpec, UnsupportedAttention
 from attention.call import Call, Forward, Original
 from attention.checks import explain, layers_left_out, require_calls, require_known_states, require_positions
+from attention.inputs import SharedInputs
 from attention.intercept import intercept, intercepted
 from attention.kv_cache import KVCache
 from attention.positions import depends_on_length, rotate
@@ -146,12 +147,13 @@ def separate_lengths(model: nn.Module) -> bool:
 
 
 class Layers(NamedTuple):
-    """What a forward of a model calls: ``attention`` in call order and the names of the modules that are its ``callers``, and
-    the ``mixers`` that keep recurrent states."""
+    """What a forward of a model calls: ``attention`` in call order and the names of the modules that are its ``callers``, the
+    ``mixers`` that keep recurrent states, and which linear layers are ``siblings``, given the same input."""
 
     attention: list[AttentionSpec]
     callers: list[str]
     mixers: list[MixerSpec]
+    siblings: list[tuple[str, ...]]
 
     @property
     def absorbed(self) -> list[str]:
@@ -178,9 +180,13 @@ def attention_only(kind: str, layers: Layers) -> Layers:
 
 
 def read_layers(
-    config: PreTrainedConfig, trust_remote_code: bool = False, dtype: torch.dtype = torch.float32
+    config: PreTrainedConfig,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype = torch.float32,
+    siblings: bool = False,
 ) -> Layers:
-    """What every layer of the causal LM that ``config`` describes asks for, in call order. No weight is read."""
+    """What every layer of the causal LM that ``config`` describes asks for, in call order; its ``siblings`` only if they are
+    asked for. No weight is read."""
     config = deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # how weights are stored does not concern attention
@@ -194,10 +200,10 @@ def read_layers(
         if isinstance(error, KeyError) and error.args == (NAME,):
             reason = "its attention has classes of its own and cannot be exchanged through Transformers' interface"
         raise UnsupportedAttention(f"{config.model_type}: {reason}") from error
-    return record_layers(model)
+    return record_layers(model, siblings)
 
 
-def record_layers(model: PreTrainedModel) -> Layers:
+def record_layers(model: PreTrainedModel, siblings: bool = False) -> Layers:
     """The same for a model that was built with ``attn_implementation=NAME``, which is left as it was."""
     plain, masked = Recording(model), MaskedRecording(model)
     with _recording_lock, _explained(model), without_data(model), _prepared(model):
@@ -209,7 +215,9 @@ def record_layers(model: PreTrainedModel) -> Layers:
             _run(model, plain, use_cache=False)
         require_calls(model, plain, cache, text.num_hidden_layers, len(left_out))
         if not plain.specs:
-            return Layers([], [], plain.mixers)  # no mask, no position: nothing more to know
+            return Layers(
+                [], [], plain.mixers, _siblings(model) if siblings else []
+            )  # no mask, no position: nothing more to know
         require_positions(model)
         # MiniMax has a cache of its own: models with mixers make theirs.
         theirs = bool(plain.mixers) or "past_key_values" not in inspect.signature(model.forward).parameters
@@ -218,7 +226,18 @@ def record_layers(model: PreTrainedModel) -> Layers:
         require_known_states(cache, plain.mixers)  # layers may have joined
         if [replace(spec, window=None, chunk=None) for spec in masked.specs] != plain.specs:
             raise UnsupportedAttention("it attends differently with a cache of Transformers than without one")
-    return Layers(masked.specs, masked.callers, plain.mixers)
+        found = _siblings(model) if siblings else []
+    return Layers(masked.specs, masked.callers, plain.mixers, found)
+
+
+def _siblings(model: PreTrainedModel) -> list[tuple[str, ...]]:
+    inputs = SharedInputs(model)
+    try:
+        with inputs.watched():
+            _run(model, Recording(model), use_cache=False)
+    except Exception:  # a first forward passed: its code cannot take slices, of which it may make no view
+        return []
+    return inputs.siblings
 
 
 _TOKENS = 7  # of a recording: enough to be a prefill, and no likely number of anything else

@@ -267,6 +267,8 @@ class LinearKernel(ABC):
     """One way to multiply by a quantized weight."""
 
     name: ClassVar[str]
+    joins: ClassVar[bool] = True
+    """Whether weights that multiply the same input may be handed over as one of all their outputs."""
 
     @property
     @abstractmethod

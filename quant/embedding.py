@@ -19,6 +19,7 @@ class Lookup(LinearKernel):
     """Keeps the canonical layout, of which rows can be taken."""
 
     name: ClassVar[str] = "lookup"
+    joins: ClassVar[bool] = False
     summary: ClassVar[str] = "torch, dequantizes the rows asked for"
 
     def refuses(self, scheme: Scheme, shape: LinearShape, device: torch.device) -> str | None:

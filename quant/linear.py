@@ -2,12 +2,13 @@
 
 Its life has two halves. Before loading it holds empty tensors named and typed as the checkpoint stores them, so that any
 loader that fills a state dict can fill it. :meth:`QuantLinear.finish` then turns them into a kernel's weight, once: after
-loading, or, where a dense weight is quantized, as soon as it came.
+loading, or, where a dense weight is quantized, as soon as it came. Layers that are to be multiplied at once are repacked one by
+one and finished together, by :func:`finish_together`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from quant.base import (
     TensorSpec,
 )
 from quant.reference import dequantize
+from quant.siblings import Siblings, joined, joined_bias
 
 
 class QuantLinear(nn.Module):
@@ -51,9 +53,23 @@ class QuantLinear(nn.Module):
         self.bias: nn.Parameter | None
         self.register_parameter("bias", bias)
         self.quant_weight: QuantWeight | None = None
+        self.siblings: Siblings | None = None
+        self.place = 0  # among them
+        self.alone: str | None = None
+        """Why it was not joined with layers that it was planned to be joined with."""
+
+    @property
+    def repacked(self) -> bool:
+        """Whether the stored tensors are gone."""
+        return not self._stored
 
     def finish(self, method: QuantMethod) -> None:
         """Repack the loaded tensors for the kernel and free them. Raises :class:`BadCheckpoint` on values that cannot be."""
+        self.repack(method)
+        self.prepare()
+
+    def repack(self, method: QuantMethod) -> None:
+        """The first half of :meth:`finish`: the weight is canonical."""
         tensors = {local: getattr(self, buffer_name(local)) for local in self._stored}
         weight = repack(self.name, method, tensors, self.scheme, self.shape)
         self.scheme = weight.scheme  # may be simpler than planned: no zero points, no order
@@ -65,9 +81,18 @@ class QuantLinear(nn.Module):
         for local in self._stored:
             delattr(self, buffer_name(local))
         self._stored = ()
-        self.quant_weight = self.kernel.prepare(weight)
+        self.quant_weight = weight
+
+    def prepare(self) -> None:
+        """The second half of :meth:`finish`."""
+        assert self.quant_weight is not None
+        self.quant_weight = self.kernel.prepare(self.quant_weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.multiply(x) if self.siblings is None else self.siblings.part(self.place, x)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """``x`` times the weight that is here: of this layer, or of all :attr:`siblings` if it is the first of them."""
         assert self.quant_weight is not None, f"{self.name} was not finished after loading"
         return self.kernel.apply(x, self.quant_weight, self.bias)
 
@@ -88,6 +113,28 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.shape}, {self.scheme}, kernel={self.kernel.name}, bias={self.shape.bias}"
+
+
+def finish_together(layers: Sequence[QuantLinear]) -> None:
+    """Prepare repacked layers, which are given the same input, as :class:`Siblings`: the first has the weight and the bias of
+    all. Where that cannot be, each is prepared by itself and knows why."""
+    first = layers[0]
+    weight = joined([layer.quant_weight for layer in layers if layer.quant_weight is not None])
+    refusal = weight if isinstance(weight, str) else first.kernel.refuses(weight.scheme, weight.shape, weight.device)
+    if isinstance(weight, str) or refusal is not None:
+        for layer in layers:
+            layer.prepare()
+            layer.alone = refusal
+        return
+    sizes = [layer.out_features for layer in layers]
+    bias = joined_bias([layer.bias for layer in layers], sizes)
+    siblings = Siblings(first.multiply, sizes)
+    for place, layer in enumerate(layers):
+        layer.siblings, layer.place = siblings, place
+        layer.quant_weight = layer.bias = None
+    first.quant_weight = weight
+    first.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    first.prepare()
 
 
 def repack(

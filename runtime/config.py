@@ -26,7 +26,8 @@ class EngineConfig:
     ``kv_cache_dtype`` is ``auto`` (FP8 if the checkpoint asks for it, else the model's), ``bf16``, ``fp16``, ``fp32``,
     ``fp8_e4m3`` or ``int8``. ``max_queued_requests`` may wait for that, at most ``queue_timeout`` seconds, and must
     be done after ``request_timeout`` (``None``: no limit). ``skip_tokenizer_init`` takes and gives token ids only.
-    ``disable_cuda_graph`` launches the kernels of every decoding step one by one.
+    ``disable_cuda_graph`` launches the kernels of every decoding step one by one; ``fuse`` false multiplies every
+    linear layer by itself, also those that are given the same input and of one kind (queries, keys and values; gate and up).
     """
 
     model: str
@@ -56,6 +57,7 @@ class EngineConfig:
     request_timeout: float | None = None
     startup_check: bool = True
     disable_cuda_graph: bool = False
+    fuse: bool = True
 
     def __post_init__(self) -> None:
         for name in (

@@ -34,6 +34,7 @@ from runtime.config import EngineConfig
 from runtime.defaults import context_length, end_tokens, length_factors, load_tokenizer, sampling_defaults
 from runtime.detokenize import Detokenizer
 from runtime.errors import EngineDead, InvalidRequest, LoadError, Overloaded
+from runtime.fusion import plan_siblings
 from runtime.grammar import GrammarCompiler, Matcher
 from runtime.graphs import batch_sizes, capture_decodes, choose_capture, reserved_bytes
 from runtime.kv_storage import plan_storage
@@ -75,9 +76,10 @@ class Engine:
         plan = make_plan(checkpoint, **config.loading)
         plan.require_complete()
         try:
-            self.layers = read_layers(plan.config, plan.trust_remote_code, plan.dtype)
-            specs, _, mixers = self.layers
+            self.layers = read_layers(plan.config, plan.trust_remote_code, plan.dtype, siblings=config.fuse)
+            specs, mixers = self.layers.attention, self.layers.mixers
             plan = plan.dequantizing(self.layers.absorbed, ABSORBED)
+            plan = replace(plan, siblings=plan_siblings(plan, self.layers.siblings))
             selection = select(specs, plan.device, config.attention_backend, build)
             stored_as = plan_storage(plan, self.layers, config.kv_cache_dtype)
         except AttentionError as error:

@@ -30,6 +30,7 @@ from quant.embedding import QuantEmbedding
 from quant.linear import QuantLinear, buffer_name, dequantize_packed, hold_packed, set_module
 from runtime.checkpoint import Checkpoint
 from runtime.errors import LoadError, some
+from runtime.fusion import finish_siblings, join_dense_siblings
 from runtime.peak import measure_peak, peak_rss
 from runtime.plan import LoadPlan, make_plan
 from runtime.report import load_report
@@ -99,8 +100,9 @@ class PlannedQuantizer(HfQuantizer):
         method = plan.method
         if self.streaming and self.streaming.error:
             raise self.streaming.error
+        finish_siblings(model, plan)
         for module in model.modules():
-            if isinstance(module, QuantLinear) and module.quant_weight is None:
+            if isinstance(module, QuantLinear) and not module.repacked:
                 assert method is not None
                 module.finish(method)
         for planned in plan.quantized:
@@ -198,6 +200,7 @@ def load(plan: LoadPlan, attn_implementation: str | None = None) -> LoadedModel:
         vars(carrier).pop("transformers_weights", None)
     _check_report(plan, model, info)
     model.eval()
+    join_dense_siblings(model, plan)
     return LoadedModel(model, plan, time.perf_counter() - started, peak_rss(), peak.growth)
 
 

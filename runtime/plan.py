@@ -39,7 +39,8 @@ class LoadPlan:
     """Everything that is known before weights are read. ``config`` is Transformers', without its quantization part;
     ``other_bytes`` are the loaded bytes of everything that is no linear layer, ``unmatched`` the entries of the
     quantization configuration that name no module of the model and none of the file, ``remarks`` what people should know,
-    ``kv_scales`` the stored scales of keys and values: name in the model's tree -> name in the file."""
+    ``kv_scales`` the stored scales of keys and values: name in the model's tree -> name in the file, ``siblings`` the layers
+    that will be multiplied at once."""
 
     checkpoint: Checkpoint
     config: Any
@@ -55,6 +56,7 @@ class LoadPlan:
     unmatched: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
     kv_scales: Mapping[str, str] = field(default_factory=dict)
+    siblings: tuple[tuple[str, ...], ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LoadPlan:
         return self  # Transformers copies the configuration that carries the plan; nobody writes to it

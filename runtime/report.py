@@ -12,6 +12,7 @@ import torch
 from attention.registry import Selection
 from attention.states import bytes_per_sequence
 from runtime.errors import some
+from runtime.fusion import fusion_text
 from runtime.memory import CacheSize, format_bytes
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def engine_report(
             f"{size.sequences:.1f} sequences of {max_model_len}{windows}",
         ),
         *([("graphs", graphs)] if graphs else []),
+        *([("fused", fused)] if (fused := fusion_text(loaded.model, loaded.plan)) else []),
     ]
     return load_report(loaded) + "\n" + aligned(lines)
 

@@ -24,6 +24,7 @@ class Streaming:
         assert plan.method is not None
         self.plan, self.method = plan, plan.method
         self.error: Exception | None = None
+        self.joined = {name for names in plan.siblings for name in names}
         self.feeds: dict[str, list[str]] = {}
         for module in plan.quantized:
             weight = f"{module.name}.weight"
@@ -42,9 +43,12 @@ class Streaming:
         for name in self.feeds[source]:
             layer = model.get_submodule(name)
             assert isinstance(layer, QuantLinear)
-            if layer.quant_weight is None:
+            if not layer.repacked:
                 layer.weight = self.plan.modules[name].oriented(weight)
-                layer.finish(self.method)
+                if name in self.joined:
+                    layer.repack(self.method)  # its siblings and biases are to come
+                else:
+                    layer.finish(self.method)
         return [f"{name}.weight" for name in self.feeds[source]]
 
 

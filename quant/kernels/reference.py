@@ -13,6 +13,7 @@ class ReferenceKernel(LinearKernel):
     """Dequantizes the whole weight on every call, in plain torch."""
 
     name = "reference"
+    joins = False
     summary = "torch, dequantizes on every call"
 
     def refuses(self, scheme: Scheme, shape: LinearShape, device: torch.device) -> str | None:
