@@ -28,6 +28,7 @@ class EngineConfig:
     be done after ``request_timeout`` (``None``: no limit). ``skip_tokenizer_init`` takes and gives token ids only.
     ``disable_cuda_graph`` launches the kernels of every decoding step one by one; ``fuse`` false multiplies every
     linear layer by itself, also those that are given the same input and of one kind (queries, keys and values; gate and up).
+    ``native`` false leaves everything but quantized layers and attention to torch.
     """
 
     model: str
@@ -58,6 +59,7 @@ class EngineConfig:
     startup_check: bool = True
     disable_cuda_graph: bool = False
     fuse: bool = True
+    native: bool = True
 
     def __post_init__(self) -> None:
         for name in (

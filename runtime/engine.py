@@ -40,6 +40,7 @@ from runtime.graphs import batch_sizes, capture_decodes, choose_capture, reserve
 from runtime.kv_storage import plan_storage
 from runtime.loader import load
 from runtime.memory import size_cache
+from runtime.native import settle
 from runtime.plan import ABSORBED, make_plan
 from runtime.report import engine_report
 from runtime.request import Delta, FinishReason, Request, SamplingParams
@@ -86,6 +87,7 @@ class Engine:
             raise LoadError(f"{checkpoint.folder}: {error}") from error
         self.tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config, checkpoint)
         self.loaded = load(plan, ATTENTION)
+        settled = settle(self.loaded.model, plan, config.native)
         prepare(self.loaded.model)
         context = context_length(plan.config)
         # A state belongs to one sequence at one token: nobody else can start from it, and some cannot be continued.
@@ -127,7 +129,15 @@ class Engine:
         self.runner = Runner(self.loaded.model, specs, selection.backend, cache, states, factors)
         graphs = capture_decodes(self.runner, capture, self.scheduler.max_running, self.max_model_len)
         self.report = engine_report(
-            self.loaded, self.layers, selection, self.size, layout, str(stored_as), self.max_model_len, graphs
+            self.loaded,
+            self.layers,
+            selection,
+            self.size,
+            layout,
+            str(stored_as),
+            self.max_model_len,
+            graphs,
+            settled,
         )
         self.steps = 0
         self._dead: Exception | None = None

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from quant.dense import join_dense
+from quant.dense import join_dense, take_over
 from quant.linear import QuantLinear, finish_together
 from runtime.plan import LoadPlan, ModulePlan
 
@@ -57,9 +57,10 @@ def join_dense_siblings(model: nn.Module, plan: LoadPlan) -> None:
     """Join the dense layers of the plan, as far as nobody else has their parameters too."""
     owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for names in plan.siblings:
-        layers = [layer for name in names if type(layer := model.get_submodule(name)) is nn.Linear]
+        modules = [model.get_submodule(name) for name in names]
+        layers = [module for module in modules if isinstance(module, nn.Linear)]
         if layers and all(owners[id(layer.weight)] == 1 for layer in layers):
-            join_dense(layers)
+            join_dense([take_over(layer) for layer in layers])
 
 
 def fusion_text(model: nn.Module, plan: LoadPlan) -> str:

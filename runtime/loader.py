@@ -30,7 +30,7 @@ from quant.embedding import QuantEmbedding
 from quant.linear import QuantLinear, buffer_name, dequantize_packed, hold_packed, set_module
 from runtime.checkpoint import Checkpoint
 from runtime.errors import LoadError, some
-from runtime.fusion import finish_siblings, join_dense_siblings
+from runtime.fusion import finish_siblings
 from runtime.peak import measure_peak, peak_rss
 from runtime.plan import LoadPlan, make_plan
 from runtime.report import load_report
@@ -200,7 +200,6 @@ def load(plan: LoadPlan, attn_implementation: str | None = None) -> LoadedModel:
         vars(carrier).pop("transformers_weights", None)
     _check_report(plan, model, info)
     model.eval()
-    join_dense_siblings(model, plan)
     return LoadedModel(model, plan, time.perf_counter() - started, peak_rss(), peak.growth)
 
 

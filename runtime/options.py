@@ -21,7 +21,7 @@ LOADING = (
 ENGINE = (
     "tokenizer", "skip_tokenizer_init", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_total_tokens",
     "mem_fraction_static", "kv_cache_memory", "kv_cache_dtype", "enable_prefix_caching", "disable_cuda_graph",
-    "fuse",
+    "fuse", "native",
 )  # fmt: skip
 QUEUE = ("max_queued_requests", "queue_timeout", "request_timeout", "seed")
 SERVER = (
@@ -155,6 +155,10 @@ def engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--no-fuse", dest="fuse", action="store_false",
         help="multiply every linear layer by itself (default: q, k, v at once, gate and up at once)",
+    )  # fmt: skip
+    group.add_argument(
+        "--no-native", dest="native", action="store_false",
+        help="on a CPU: leave everything but quantized layers and attention to torch",
     )  # fmt: skip
 
 

@@ -12,7 +12,6 @@ import torch
 from attention.registry import Selection
 from attention.states import bytes_per_sequence
 from runtime.errors import some
-from runtime.fusion import fusion_text
 from runtime.memory import CacheSize, format_bytes
 
 if TYPE_CHECKING:
@@ -44,8 +43,10 @@ def engine_report(
     stored_as: str,
     max_model_len: int,
     graphs: str,
+    settled: Sequence[tuple[str, str]] = (),
 ) -> str:
-    """The load report, with attention, the KV cache and what is said of CUDA graphs (on a CPU nothing)."""
+    """The load report, with attention, the KV cache, what is said of CUDA graphs (on a CPU nothing), and what was ``settled``
+    after loading."""
     bounded = sum(reach.bounded for reach in layout.reaches)
     windows = f"; {bounded} of {size.groups} groups of layers free the blocks behind their window" if bounded else ""
     token_bytes = size.nbytes // (size.blocks * size.block_size) * size.groups
@@ -58,7 +59,7 @@ def engine_report(
             f"{size.sequences:.1f} sequences of {max_model_len}{windows}",
         ),
         *([("graphs", graphs)] if graphs else []),
-        *([("fused", fused)] if (fused := fusion_text(loaded.model, loaded.plan)) else []),
+        *settled,
     ]
     return load_report(loaded) + "\n" + aligned(lines)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.base import QuantWeight
-from quant.dense import join_dense
+from quant.dense import join_dense, take_over
 from quant.kernels.cpu import CpuKernel
 from quant.linear import QuantLinear, finish_together
 from quant.siblings import Siblings, joined
@@ -146,7 +146,7 @@ def test_what_an_earlier_forward_left_is_never_found() -> None:
 def test_dense_layers_share_memory_and_give_the_same() -> None:
     layers = [nn.Linear(64, n, bias=n != 8) for n in (24, 8, 40)]
     apart = deepcopy(layers)
-    join_dense(layers)
+    join_dense([take_over(each) for each in layers])
     x = torch.randn(3, 64)
     for one, other in zip(apart, layers, strict=True):
         assert torch.allclose(one(x), other(x), atol=1e-6)
