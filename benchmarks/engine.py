@@ -1,12 +1,13 @@
 """Prefill and decode of the whole engine against Transformers' ``generate``, in one run.
 
-    python -m benchmarks.engine [--models demo 1b] [--rounds 5]
+    python -m benchmarks.engine [--models demo 1b 135m] [--rounds 5]
 
-For each model three peers take turns: relinear with the AWQ checkpoint, relinear with the bf16 checkpoint, and Transformers
-with the bf16 checkpoint (sdpa attention). Measured are a prompt of 512 tokens until its first new token, and decoding 63
-tokens after a prompt of 128, alone and in a batch of 8; medians over the rounds. Beside them stands the bound: decoding
-cannot be faster than reading the weights once a step at the bandwidth that this run measured, prefill not faster than its
-multiplications at the rate that this run measured for bf16.
+For each model the peers take turns: relinear with the AWQ checkpoint, as it is and with every layer by itself (--no-fuse
+--no-native), relinear with the bf16 checkpoint, Transformers with the bf16 checkpoint (sdpa attention) and, where GPTQModel
+is installed (pip install gptqmodel), Transformers with the AWQ checkpoint. Measured are a prompt of 512 tokens until its first
+new token, and decoding 63 tokens after a prompt of 128, alone and in a batch of 8; medians over the rounds. Beside them stands
+the bound: decoding cannot be faster than reading the weights once a step at the bandwidth that this run measured, prefill not
+faster than its multiplications at the rate that this run measured for bf16.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +38,12 @@ Generate = Callable[[list[list[int]], int], object]
 """Answer prompts of equal length with a number of new tokens each, greedily, whatever the tokens."""
 
 
-def relinear(path: str) -> tuple[Generate, LLM]:
-    llm = LLM(path, skip_tokenizer_init=True, max_model_len=PREFILL + NEW, max_total_tokens=4096, startup_check=False)
+SHAPES = {"1b": random_llama.LLAMA_1B, "135m": random_llama.LLAMA_135M}
+
+
+def relinear(path: str, **options: Any) -> tuple[Generate, LLM]:
+    sizes = {"max_model_len": PREFILL + NEW, "max_total_tokens": 4096}
+    llm = LLM(path, skip_tokenizer_init=True, startup_check=False, **sizes, **options)
 
     def generate(prompts: list[list[int]], new: int) -> object:
         return llm.generate(prompts, SamplingParams(temperature=0, max_tokens=new, ignore_eos=True))
@@ -46,7 +52,7 @@ def relinear(path: str) -> tuple[Generate, LLM]:
 
 
 def transformers(path: str) -> Generate:
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, device_map="cpu")
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
 
@@ -87,12 +93,17 @@ def run(name: str, awq: str, bf16: str, rounds: int) -> dict[str, Any]:
     """Measure one model and print its table."""
     ours, llm = relinear(awq)
     dense, dense_llm = relinear(bf16)
-    peers = {"relinear awq": ours, "relinear bf16": dense, "transformers bf16": transformers(bf16)}
+    apart, _ = relinear(awq, fuse=False, native=False)
+    peers = {"relinear awq": ours, "relinear awq, apart": apart, "relinear bf16": dense}
+    peers["transformers bf16"] = transformers(bf16)
+    if find_spec("gptqmodel"):
+        peers["transformers awq"] = transformers(awq)
     plan = llm.engine.loaded.plan
     vocabulary = llm.engine.vocabulary
     samples: dict[str, list[dict[str, float]]] = {peer: [] for peer in peers}
     for generate in peers.values():
-        tokens_per_second(generate, vocabulary)
+        for batch, length in ((1, PREFILL), (BATCH, PROMPT)):
+            generate(torch.randint(3, vocabulary, (batch, length)).tolist(), 4)
     bandwidth, multiply = ceilings()
     for _ in range(rounds):
         for peer, generate in peers.items():
@@ -104,6 +115,7 @@ def run(name: str, awq: str, bf16: str, rounds: int) -> dict[str, Any]:
     linear = sum(module.shape.in_features * module.shape.out_features for module in plan.modules.values())
     weights = {"relinear awq": step_bytes(llm), "relinear bf16": step_bytes(dense_llm)}
     weights["transformers bf16"] = weights["relinear bf16"]
+    weights["relinear awq, apart"] = weights["transformers awq"] = weights["relinear awq"]
     print(
         f"\n{name}: {linear / 1e6:.0f} M weights in linears; "
         f"read {bandwidth / 1e9:.1f} GB/s, bf16 {2 * multiply / 1e12:.2f} TFLOP/s"
@@ -129,7 +141,7 @@ def step_bytes(llm: LLM) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=("demo", "1b"), default=["demo", "1b"])
+    parser.add_argument("--models", nargs="+", choices=("demo", *SHAPES), default=["demo", *SHAPES])
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     results = {}
@@ -139,7 +151,7 @@ def main() -> None:
                 results[name] = run(name, "demo", str(locate("demo-bf16")), arguments.rounds)
             else:
                 folders = [
-                    str(random_llama.write(random_llama.LLAMA_1B, Path(scratch) / kind, quantized=kind == "awq"))
+                    str(random_llama.write(SHAPES[name], Path(scratch) / name / kind, quantized=kind == "awq"))
                     for kind in ("awq", "bf16")
                 ]
                 results[name] = run(name, *folders, arguments.rounds)

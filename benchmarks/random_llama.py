@@ -15,8 +15,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
-GROUP = 128
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -28,6 +26,8 @@ class Shape:
     heads: int
     kv_heads: int
     vocabulary: int
+    group: int = 128
+    """Inputs that share a scale, quantized."""
 
     @property
     def linears(self) -> list[tuple[str, int, int]]:
@@ -51,6 +51,8 @@ class Shape:
 
 LLAMA_1B = Shape(hidden=2048, intermediate=8192, layers=16, heads=32, kv_heads=8, vocabulary=128256)
 """Llama-3.2-1B."""
+LLAMA_135M = Shape(hidden=576, intermediate=1536, layers=30, heads=9, kv_heads=3, vocabulary=49152, group=64)
+"""SmolLM2-135M."""
 LLAMA_8B = Shape(hidden=4096, intermediate=14336, layers=32, heads=32, kv_heads=8, vocabulary=128256)
 """Llama-3.1-8B, but for its tied embeddings."""
 
@@ -79,7 +81,7 @@ def write(shape: Shape, folder: Path, *, quantized: bool, device: str = "cpu") -
     ).to_dict()
     if quantized:
         config["quantization_config"] = {
-            "quant_method": "awq", "version": "gemm", "bits": 4, "group_size": GROUP, "zero_point": True,
+            "quant_method": "awq", "version": "gemm", "bits": 4, "group_size": shape.group, "zero_point": True,
         }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     return folder
@@ -104,7 +106,9 @@ def _parts(shape: Shape, quantized: bool, generator: torch.Generator) -> Iterato
             )
             tensors[f"{prefix}.{name}.qweight"] = codes.cpu()
             tensors[f"{prefix}.{name}.qzeros"] = torch.full(
-                (inputs // GROUP, outputs // 8), -0x77777778, dtype=torch.int32
+                (inputs // shape.group, outputs // 8), -0x77777778, dtype=torch.int32
             )
-            tensors[f"{prefix}.{name}.scales"] = torch.full((inputs // GROUP, outputs), 0.004, dtype=torch.float16)
+            tensors[f"{prefix}.{name}.scales"] = torch.full(
+                (inputs // shape.group, outputs), 0.004, dtype=torch.float16
+            )
         yield tensors

@@ -34,14 +34,17 @@ class Siblings:
 
     def part(self, index: int, x: Tensor) -> Tensor:
         """The outputs of layer ``index`` for ``x [.., in]``: a slice of a tensor."""
+        if index == 0:
+            y, *rest = self.multiply(x).split(self.sizes, -1)
+            self._done = (x, [None, *rest])
+            return y
         done = self._done
-        if done is None or index == 0 or done[0] is not x or done[1][index] is None:
-            self._done = done = (x, list(self.multiply(x).split(self.sizes, -1)))
-        y, done[1][index] = done[1][index], None
+        if done is None or done[0] is not x or (found := done[1][index]) is None:
+            return self.multiply(x).split(self.sizes, -1)[index]
+        done[1][index] = None
         if index == len(self.sizes) - 1:
             self._done = None  # x and the parts need not live longer than the model wants them to
-        assert y is not None
-        return y
+        return found
 
 
 def joined(weights: Sequence[QuantWeight]) -> QuantWeight | str:
@@ -53,6 +56,8 @@ def joined(weights: Sequence[QuantWeight]) -> QuantWeight | str:
         return "their schemes differ"
     if any(weight.shape.in_features != first.shape.in_features for weight in weights):
         return "they have different numbers of inputs"
+    if first.scheme.flat and first.shape.in_features % first.scheme.group:
+        return f"blocks of {first.scheme.group} weights run on over the ends of rows"
     if any(weight.scale.dtype != first.scale.dtype for weight in weights):
         return "the dtypes of their scales differ"
     for name in SHARED:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quant.base import QuantWeight
+from quant.base import LinearShape, QuantWeight, Scheme, WeightKind, canonical_specs
 from quant.dense import join_dense, take_over
 from quant.kernels.cpu import CpuKernel
 from quant.linear import QuantLinear, finish_together
@@ -95,6 +95,14 @@ def test_what_differs_stays_apart_and_works(other: Case, why: str) -> None:
         assert torch.isfinite(each(torch.randn(2, each.in_features))).all()
 
 
+def test_blocks_over_the_ends_of_rows_stay_apart() -> None:
+    scheme = Scheme(WeightKind.INT8, (1, 64), flat=True)
+    shape = LinearShape(48, 33)
+    sizes = canonical_specs(scheme, shape)
+    weight = QuantWeight(scheme, shape, torch.zeros(sizes["q"], dtype=torch.uint8), torch.ones(sizes["scale"]))
+    assert "ends of rows" in str(joined([weight, weight]))
+
+
 def test_global_scales_that_differ_stay_apart() -> None:
     first, second = (Case(32, 64, (1, 16), "e2m1", scale=torch.float8_e4m3fn, global_scale=True) for _ in range(2))
     weights = [first.weight(), replace(second.weight(), global_scale=torch.tensor([0.5]))]
@@ -141,6 +149,7 @@ def test_what_an_earlier_forward_left_is_never_found() -> None:
     x.mul_(10)
     assert counted.parts(x, x, x) == [[10, 20], [30], [40, 50, 60]]
     assert counted.siblings.part(2, x.mul_(10)).tolist() == [400, 500, 600]
+    assert counted.parts(x.mul_(10), x) == [[1000, 2000], [3000]]
 
 
 def test_dense_layers_share_memory_and_give_the_same() -> None:

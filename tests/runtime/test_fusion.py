@@ -43,6 +43,17 @@ def test_the_same_answers_as_unfused(path: str) -> None:
         assert [tokens for tokens, _ in ours] == [tokens for tokens, _ in theirs]
 
 
+def test_dense_layers_are_left_to_torch_if_asked() -> None:
+    heads: dict[bool, Any] = {}
+    for native in (True, False):
+        llm, heads[native] = answers("demo", native=native)
+        head = llm.engine.loaded.model.get_output_embeddings()
+        assert isinstance(head, DenseLinear) == native
+        assert ("1 dense linear layers: C" in llm.engine.report) == native
+        assert head.weight is llm.engine.loaded.model.get_input_embeddings().weight  # nothing is kept twice
+    assert [tokens for tokens, _ in heads[True]] == [tokens for tokens, _ in heads[False]]
+
+
 def test_quantized_while_loading_with_biases(tmp_path: Path) -> None:
     """Layers come one by one, their biases later."""
     model = tiny_model("qwen2", hidden_size=64, intermediate_size=96)
