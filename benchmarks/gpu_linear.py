@@ -6,8 +6,7 @@
 First what the device can do; then every kind of weight against a float64 product. One that is wrong, or fails, gets no number
 in what follows: its traceback is printed, the rest goes on, and the exit status is 1. With ``--sweep``, the best tile sizes
 of ``quant/kernels/gpu/tuned.py`` for this device, which the table then uses: the lines ``4: {16: Config(...), ...}`` that it
-prints are to be put into ``TABLES`` there, under the printed capability. They are for planes of 32 columns; where 16 is said
-to be better, that is ``WIDTH`` of ``quant/kernels/wna16.py``. The table is the ratio to bfloat16 of the same product,
+prints are to be put into ``TABLES`` there, under the printed capability. The table is the ratio to bfloat16 of one product,
 replayed from a CUDA graph, over copies of the weights that no cache holds together. All of it in JSON, on the last line and
 in ``$OUT/gpu_linear.json``.
 
@@ -49,7 +48,7 @@ from quant.reference import dequantize
 CUDA = torch.device("cuda")
 MODEL = torch.bfloat16
 SHAPES = (LinearShape(4096, 4096), LinearShape(4096, 14336), LinearShape(14336, 4096))
-ROWS = (1, 16, 64, 256, 4096)
+ROWS = (1, 16, 64, 128, 256, 4096)
 BEYOND_CACHE = 192 << 20
 TOLERANCE = 5e-3
 """Relative root mean square error: what rounding the weight and the result to bfloat16 costs."""
@@ -73,14 +72,19 @@ OTHER_KINDS = {
 }
 """Checked, not timed."""
 SWEPT = {
-    16: ("int4 g128", (1, 16)),
-    32: ("int4 g128", (32,)),
-    64: ("int4 g128", (64,)),
-    128: ("int4 g128", (128,)),
-    8016: ("fp8 channel", (1, 16)),
+    8: ("int4 g128 asymmetric", (1, 8)),
+    16: ("int4 g128 asymmetric", (16,)),
+    32: ("int4 g128 asymmetric", (32,)),
+    64: ("int4 g128 asymmetric", (64,)),
+    128: ("int4 g128 asymmetric", (128,)),
+    256: ("int4 g128 asymmetric", (192, 256)),
+    8008: ("fp8 channel", (1, 8)),
+    8016: ("fp8 channel", (16,)),
     8064: ("fp8 channel", (64,)),
+    8256: ("fp8 channel", (128, 256)),
 }
 """Rows of a table (8000 more: that of 8 bits), what stands for them, and the numbers of rows that are timed."""
+WIDTH = 32
 
 
 def random_weight(scheme: Scheme, shape: LinearShape) -> QuantWeight:
@@ -169,26 +173,27 @@ def check_all(processes: int, failures: list[str]) -> list[str]:
 # Sweep ----------------------------------------------------------------------------------------------------------------
 
 
-def candidates(most_rows: int) -> Iterator[tuple[int, Config]]:
-    """Width of a plane, and configuration without its number of programs."""
-    rows = min(most_rows % 8000, 64)
-    outputs = (32, 64, 128) if rows <= 32 else (64, 128)
-    for width, n, warps, stages in itertools.product((32, 16), outputs, (2, 4, 8), (3, 4, 6)):
-        if rows == 64 and (stages == 6 or warps == 2 or width == 16):
-            continue
-        for weight_first in (False, True) if n >= 64 and warps >= 4 and n * 4 >= warps * 64 else (False,):
-            if n // warps >= 8:
-                yield width, Config(rows, n, warps, stages, weight_first, 1)
-    if most_rows % 8000 == 128:
-        for warps, stages, weight_first in itertools.product((4, 8), (2, 3), (False, True)):
-            yield 32, Config(128, 128, warps, stages, weight_first, 1)
-            yield 32, Config(128, 64, warps, stages, weight_first, 1)
+def candidates(most_rows: int) -> Iterator[Config]:
+    """Configurations without their number of programs. Shared memory has 228 KiB, and a warp no more than 32 outputs."""
+    most = most_rows % 8000
+    for rows in {8: (8,), 16: (16,), 32: (32, 16), 64: (64,), 128: (64, 128)}.get(most, (64, 128)):
+        if rows <= 16:
+            shapes = itertools.product((16, 32, 64, 128), (1, 2, 4), (3, 4))
+        elif rows == 32:
+            shapes = itertools.product((64, 128), (2, 4, 8), (3, 4))
+        else:
+            shapes = itertools.product((64, 128), (4, 8), (2, 3, 4))
+        for n, warps, stages in shapes:
+            if 16 <= n // warps <= 32:
+                yield from (
+                    Config(rows, n, warps, stages, first, 1) for first in ((True,) if rows == 8 else (False, True))
+                )
 
 
-def build(kind: str, most_rows: int, width: int, configs: list[Config]) -> list[str]:
+def build(kind: str, most_rows: int, configs: list[Config]) -> list[str]:
     """Why each configuration cannot run; empty if it can."""
     answers = []
-    weights = [planar(random_weight(KINDS[kind], shape), width) for shape in SHAPES[:1]]
+    weights = [planar(random_weight(KINDS[kind], shape), WIDTH) for shape in SHAPES[:1]]
     for config in configs:
         try:
             for weight in weights:
@@ -206,20 +211,18 @@ def sweep(seconds: float, processes: int, failures: list[str]) -> dict[str, Any]
     begin = time.monotonic()
     jobs = []
     for most_rows, (kind, _) in SWEPT.items():
-        found = list(candidates(most_rows))
-        for width in (32, 16):
-            configs = [config for each, config in found if each == width]
-            jobs += [(kind, most_rows, width, configs[start : start + 6]) for start in range(0, len(configs), 6)]
+        configs = list(candidates(most_rows))
+        jobs += [(kind, most_rows, configs[start : start + 4]) for start in range(0, len(configs), 4)]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         answers = list(pool.map(build, *zip(*jobs, strict=True)))
-    print(f"built {sum(len(job[3]) for job in jobs)} configurations in {time.monotonic() - begin:.0f} s", flush=True)
-    fitting: dict[int, list[tuple[int, Config]]] = {most_rows: [] for most_rows in SWEPT}
-    for (_, most_rows, width, configs), whys in zip(jobs, answers, strict=True):
+    print(f"built {sum(len(job[2]) for job in jobs)} configurations in {time.monotonic() - begin:.0f} s", flush=True)
+    fitting: dict[int, list[Config]] = {most_rows: [] for most_rows in SWEPT}
+    for (_, most_rows, configs), whys in zip(jobs, answers, strict=True):
         for config, why in zip(configs, whys, strict=True):
             if why:
-                print(f"left out: {most_rows} width {width} {tuple(config)}: {why}")
+                print(f"left out: {most_rows} {tuple(config)}: {why}")
             else:
-                fitting[most_rows].append((width, config))
+                fitting[most_rows].append(config)
     results: dict[str, Any] = {}
     for index, (most_rows, (kind, every_rows)) in enumerate(SWEPT.items()):
         stop = time.monotonic() + (begin + seconds - time.monotonic()) / (len(SWEPT) - index)
@@ -231,33 +234,33 @@ def sweep(seconds: float, processes: int, failures: list[str]) -> dict[str, Any]
     return results
 
 
-def sweep_one(
-    most_rows: int, kind: str, every_rows: tuple[int, ...], fitting: list[tuple[int, Config]], stop: float
-) -> list[Any]:
-    """Times every candidate on every case until the time is over; the best goes into the table in use."""
+def sweep_one(most_rows: int, kind: str, every_rows: tuple[int, ...], fitting: list[Config], stop: float) -> list[Any]:
+    """Times every candidate on every case until the time is over, those that are much too slow for the first on no other; the
+    best goes into the table in use."""
     scheme = KINDS[kind]
     cases = list(itertools.product(SHAPES[: 3 if most_rows < 8000 else 2], every_rows))
-    seconds: dict[tuple[int, Config], list[float]] = {}
+    seconds: dict[Config, list[float]] = {}
     begin, late = time.monotonic(), False
     for number, (shape, rows) in enumerate(cases):
         weight = random_weight(scheme, shape)
-        copies = {width: copies_of(planar(weight, width)) for width in {width for width, _ in fitting}}
+        copies = copies_of(planar(weight, WIDTH))
         x = torch.randn(rows, shape.in_features, device=CUDA).to(MODEL)
         expected = x.double() @ dequantize(weight).double().T
         limit = begin + (stop - begin) * (number + 1) / len(cases)
-        survivors = fitting if number == 0 else sorted(seconds, key=lambda key: sum(seconds[key]))
-        for width, config in survivors:
-            for programs in (1, 2, 4, 8) if number == 0 else (config.programs,):
-                each = config._replace(programs=programs)
-                if time.monotonic() > limit:
-                    late = True
-                    continue
-                if relative_error(multiply(x, copies[width][0], None, each), expected) > TOLERANCE:
-                    print(f"WRONG: {kind} {shape} {rows} rows, width {width} {tuple(each)}")
-                    continue
-                calls = [partial(multiply, x, copy, None, each) for copy in copies[width]]
-                seconds.setdefault((width, each), []).append(measure_cuda({"": calls}, samples=3)[""].seconds)
-        seconds = {key: row for key, row in seconds.items() if len(row) == number + 1}
+        survivors = [config._replace(programs=programs) for config in fitting for programs in (1, 2, 4, 8)]
+        if number:
+            survivors = sorted(seconds, key=lambda config: sum(seconds[config]))
+            survivors = [each for each in survivors if sum(seconds[each]) < 1.3 * sum(seconds[survivors[0]])]
+        for config in survivors:
+            if time.monotonic() > limit:
+                late = True
+                continue
+            if relative_error(multiply(x, copies[0], None, config), expected) > TOLERANCE:
+                print(f"WRONG: {kind} {shape} {rows} rows, {tuple(config)}")
+                continue
+            calls = [partial(multiply, x, copy, None, config) for copy in copies]
+            seconds.setdefault(config, []).append(measure_cuda({"": calls}, samples=3)[""].seconds)
+        seconds = {config: row for config, row in seconds.items() if len(row) == number + 1}
         del copies, weight, expected
         torch.cuda.empty_cache()
     best = [min(column) for column in zip(*seconds.values(), strict=True)]
@@ -266,15 +269,11 @@ def sweep_one(
     print(
         f"\n{kind}, up to {most_rows % 8000} rows; best us {[round(b * 1e6, 1) for b in best]}" + " (cut short)" * late
     )
-    for width, config in order[:8]:
-        times = [round(s * 1e6, 1) for s in seconds[width, config]]
-        print(f"  {score[width, config]:.3f} width {width} {tuple(config)} {times}", flush=True)
-    for width in (16, 32):  # the layout is chosen once, for all numbers of rows
-        if of_width := [config for each, config in order if each == width]:
-            print(f"  width {width}: best {of_width[0]}, score {score[width, of_width[0]]:.3f}")
-            if width == 32:
-                adopt(most_rows, of_width[0])
-    return [[width, *config, *(round(s * 1e6, 2) for s in seconds[width, config])] for width, config in order[:40]]
+    for config in order[:6]:
+        times = [round(s * 1e6, 1) for s in seconds[config]]
+        print(f"  {score[config]:.3f} {tuple(config)} {times}", flush=True)
+    adopt(most_rows, order[0])
+    return [[*config, *(round(s * 1e6, 2) for s in seconds[config])] for config in order[:40]]
 
 
 def adopt(most_rows: int, config: Config) -> None:

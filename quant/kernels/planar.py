@@ -34,8 +34,8 @@ class PlanarWeight(QuantWeight):
     """Columns of a group, those that fill it up counted in; the number of all columns if a row has one scale."""
     filled: bool = False
     """Whether some columns of ``order`` multiply a zero."""
-    pairs: Tensor | None = None
-    """``int32 [2, 256]``: two values of a table by their two codes, in bfloat16 and in float16."""
+    values: tuple[float, ...] | None = None
+    """Of the table, for the code that is made of them."""
     counters: Tensor | None = None
     """``int32 [MOST_TILES]``, zeros: the parts of each tile that are done. One launch at a time may use them."""
 
@@ -49,8 +49,13 @@ class PlanarWeight(QuantWeight):
         return stored_bits(self.scheme.kind)
 
     @property
+    def block(self) -> int:
+        """Columns of a block."""
+        return block_columns(self.bits, self.width)
+
+    @property
     def columns(self) -> int:
-        return self.q.shape[0] * block_columns(self.bits, self.width)
+        return self.q.shape[0] * self.block
 
     @property
     def grouped(self) -> bool:
@@ -128,13 +133,6 @@ def planar(weight: QuantWeight, width: int) -> PlanarWeight:
         layout="planar",
         group=columns,
         filled=order is not None and order.numel() > inputs,
-        pairs=None if table is None else _pairs(table),
+        values=None if table is None else tuple(table.tolist()),
         counters=torch.zeros(MOST_TILES, dtype=torch.int32, device=codes.device),
     )
-
-
-def _pairs(table: Tensor) -> Tensor:
-    """Two table values for each byte, that of its low nibble first."""
-    low, high = table.repeat(16), table.repeat_interleave(16)
-    both = torch.stack([low, high], -1)
-    return torch.stack([both.to(dtype).view(torch.int32).squeeze(-1) for dtype in (torch.bfloat16, torch.float16)])

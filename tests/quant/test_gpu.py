@@ -51,7 +51,8 @@ def build(case: Case, rows: int, config: Config, capability: tuple[int, int], dt
     small = Case(case.kind, 64, 512, (case.block[0], min(case.block[1], 512)), case.zero_point)
     weight = planar(small.weight(torch.device("cpu")), WIDTH).map(lambda tensor: tensor.to("meta"))
     x = torch.empty(rows, 512, dtype=dtype, device="meta")
-    (found,) = builds(lambda: multiply.multiply(x, weight, None, config), (multiply, device), capability)
+    *before, found = builds(lambda: multiply.multiply(x, weight, None, config), (multiply, device), capability)
+    assert not any(each.spills for each in before)
     return found
 
 
@@ -66,7 +67,8 @@ def check(found: Build, config: Config, case: Case, capability: tuple[int, int])
     assert found.spills == 0, found
     assert found.shared <= SHARED[capability], found
     assert found.async_copies > 0, found
-    on_hopper = capability == SM90 and (config.outputs if config.weight_first else config.rows) >= 64
+    left, right = (config.outputs, config.rows) if config.weight_first else (config.rows, config.outputs)
+    on_hopper = capability == SM90 and left >= 64 and right >= 16 and config.warps >= 4
     assert (found.wgmma if on_hopper else found.mma) > 0, found
     bits = 4 if case.scheme.kind.bits <= 4 else 8
     return found.loop * config.warps * 32 / (config.outputs * block_columns(bits, WIDTH))
@@ -74,7 +76,7 @@ def check(found: Build, config: Config, case: Case, capability: tuple[int, int])
 
 @WARNS
 @pytest.mark.parametrize(
-    ("capability", "bits", "most", "config"), [each for each in tables() if each[2] == 16], ids=str
+    ("capability", "bits", "most", "config"), [each for each in tables() if each[2] <= 16], ids=str
 )
 def test_configurations_for_few_rows_fit(
     capability: tuple[int, int], bits: int, most: int, config: Config, report: Callable[[str], None]
@@ -115,16 +117,16 @@ def test_making_a_dense_copy_fits(capability: tuple[int, int]) -> None:
     assert found.shared <= SHARED[capability]
 
 
-CEILINGS = {"int4": 3.3, "int4 asymmetric": 4.7, "int8": 5.0, "fp8": 4.9, "nf4": 5.1, "e2m1": 6.1}
-"""Instructions of the loop for one weight, 16 rows by 64 outputs, sm_90: a tenth above what Triton 3.9 makes."""
+CEILINGS = {"int4": 2.1, "int4 asymmetric": 2.2, "int8": 4.3, "fp8": 4.0, "nf4": 5.4, "e2m1": 4.0}
+"""Instructions of the loop for one weight, 8 rows by 32 outputs, sm_90: a tenth above what Triton 3.9 makes."""
 
 
 @WARNS
 @pytest.mark.skipif(multiply.triton.__version__[:4] != "3.9.", reason="the counts are of another compiler")
 @pytest.mark.parametrize("name", CEILINGS)
 def test_loops_do_not_grow(name: str) -> None:
-    config = Config(16, 64, 4, 4, False, 4)
-    assert check(build(CASES[name], 16, config, SM90, torch.bfloat16), config, CASES[name], SM90) <= CEILINGS[name]
+    config = Config(8, 32, 1, 3, True, 4)
+    assert check(build(CASES[name], 8, config, SM90, torch.bfloat16), config, CASES[name], SM90) <= CEILINGS[name]
 
 
 # On the host ----------------------------------------------------------------------------------------------------------
@@ -148,7 +150,7 @@ def test_every_number_of_rows_has_a_configuration() -> None:
     for capability in (SM80, SM90, (12, 0)):
         for bits in (4, 8):
             for rows in (1, 16, 17, 64, tuned.MOST_ROWS):
-                assert tuned.config_for(bits, rows, capability).rows >= 16
+                assert tuned.config_for(bits, rows, capability).rows >= 8
 
 
 def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,21 +13,72 @@ from torch import Tensor
 
 from quant.kernels.gpu.device import device_of, dot_type
 from quant.kernels.gpu.tuned import Config, config_for
-from quant.kernels.gpu.unpack import assembly_of, name_of, offset_of, planes, subtract
+from quant.kernels.gpu.unpack import assembly_of, name_of, offset_of, planes
 from quant.kernels.planar import MOST_TILES, PlanarWeight
+
+FEW = 16
+"""Up to so many rows in a tile, the sums of the inputs that zero points are multiplied by are made by the tensor cores, which
+have time then: a dot with ones has them in every row. For more rows, they come from a launch before."""
+SUM_ROWS = 16
+
+
+@triton.jit
+def sums_kernel(x, sums, rows, inputs, x_row, GROUP: tl.constexpr, PADDED: tl.constexpr, M: tl.constexpr):
+    m, i = tl.program_id(1) * M + tl.arange(0, M), tl.arange(0, PADDED)
+    total = tl.zeros([M], tl.float32)
+    for start in range(0, GROUP, PADDED):
+        k = tl.program_id(0) * GROUP + start + i
+        live = (m < rows)[:, None] & ((start + i < GROUP) & (k < inputs))[None, :]
+        total += tl.sum(
+            tl.load(x + m.to(tl.int64)[:, None] * x_row + k[None, :], mask=live, other=0.0).to(tl.float32), 1
+        )
+    tl.store(sums + tl.program_id(0) * rows + m, total, mask=m < rows)
+
+
+def sums_of(x: Tensor, group: int) -> Tensor:
+    """Of the columns of each group, float32 ``[groups, rows]``."""
+    rows, inputs = x.shape
+    sums = x.new_empty(triton.cdiv(inputs, group), rows, dtype=torch.float32)
+    sums_kernel[(sums.shape[0], triton.cdiv(rows, SUM_ROWS))](
+        x, sums, rows, inputs, x.stride(0), GROUP=group, PADDED=min(triton.next_power_of_2(group), 512), M=SUM_ROWS,
+        num_warps=4,
+    )  # fmt: skip
+    return sums
+
+
+@triton.jit
+def of_groups(
+    values, block, i, live, count, BLOCK: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, WANTED: tl.constexpr
+):  # fmt: skip
+    """What the groups of a block have at ``i``, of ``count`` each: scales, zero points, sums."""
+    found = ()
+    if WANTED:
+        for group in tl.static_range(GROUPS):
+            index = (block * BLOCK + group * GROUP) // GROUP * count + i
+            found += (tl.load(values + index, mask=live, other=0).to(tl.float32),)  # type: ignore[assignment]
+    return found
+
+
+@triton.jit
+def across(values, FIRST: tl.constexpr):
+    """Along the first dimension of a tile, or the second."""
+    return values[:, None] if FIRST else values[None, :]
 
 
 @triton.jit(do_not_specialize=["rows", "blocks", "share"])
 def multiply_kernel(
-    x, words, scale, zero, table, pairs, bias, y, parts, counters, rows, outputs, inputs, x_row, blocks, share,
+    x, words, scale, zero, table, bias, sums, y, parts, counters, rows, outputs, inputs, x_row, blocks, share,
     KIND: tl.constexpr, PLANES: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, GROUPED: tl.constexpr,
-    ZERO: tl.constexpr, CENTRE: tl.constexpr, OFFSET: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr,
+    ZERO: tl.constexpr, OFFSET: tl.constexpr, SUMMED: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr,
     EVEN_INPUTS: tl.constexpr, EVEN_OUTPUTS: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, WEIGHT_FIRST: tl.constexpr,
 ):  # fmt: skip
     BLOCK: tl.constexpr = PLANES * WIDTH
     GROUPS: tl.constexpr = BLOCK // GROUP if GROUPED and GROUP < BLOCK else 1  # of a block
     OF_GROUP: tl.constexpr = PLANES // GROUPS
+    SHIFTED: tl.constexpr = ZERO or OFFSET != 0
+    DOTTED: tl.constexpr = SHIFTED and not SUMMED  # ones
+    SUMS: tl.constexpr = GROUP if GROUPED else BLOCK
     m = tl.program_id(1) * M + tl.arange(0, M)
     n = tl.program_id(0) * N + tl.arange(0, N)
     split = tl.program_id(2)
@@ -38,35 +89,52 @@ def multiply_kernel(
     x_rows = x + m.to(tl.int64)[:, None] * x_row
 
     acc = tl.zeros([N, M] if WEIGHT_FIRST else [M, N], tl.float32)
+    ones = tl.full([N, WIDTH], 1.0, DTYPE)
+    every = tl.zeros(acc.shape, tl.float32) if DOTTED else tl.zeros([M], tl.float32)  # sum of inputs
+    # What is loaded of a group is too little to be copied asynchronously, so it is asked for a block ahead.
+    scales = of_groups(scale, first, n, live_n, outputs, BLOCK, GROUP, GROUPS, True)
+    zeros = of_groups(zero, first, n, live_n, outputs, BLOCK, GROUP, GROUPS, ZERO)
+    totals = of_groups(sums, first, m, live_m, rows, BLOCK, SUMS, GROUPS, SUMMED)
     for block in range(first, stop):
         places = words + (block * outputs + n)[:, None] * WIDTH + i[None, :]
         if EVEN_OUTPUTS:
             word = tl.load(places, eviction_policy="evict_first")
         else:
             word = tl.load(places, mask=live_n[:, None], other=0, eviction_policy="evict_first")
-        numbers = planes(word, table, pairs, KIND, DTYPE, ASSEMBLY)
+        following = tl.minimum(block + 1, stop - 1)
+        next_scales, next_zeros = scales, zeros
+        next_totals = of_groups(sums, following, m, live_m, rows, BLOCK, SUMS, GROUPS, SUMMED)
+        if GROUPED:
+            next_scales = of_groups(scale, following, n, live_n, outputs, BLOCK, GROUP, GROUPS, True)
+            next_zeros = of_groups(zero, following, n, live_n, outputs, BLOCK, GROUP, GROUPS, ZERO)
+        numbers = planes(word, table, KIND, DTYPE, ASSEMBLY)
         for group in tl.static_range(GROUPS):
-            index = (block * BLOCK + group * GROUP) // GROUP * outputs + n if GROUPED else n
-            part = tl.zeros(acc.shape, tl.float32)
-            if ZERO:
-                z = (tl.load(zero + index, mask=live_n, other=0).to(tl.float32) + OFFSET).to(DTYPE)[:, None]
+            part, total = acc, every
+            if GROUPED:
+                part = tl.zeros(acc.shape, tl.float32)
+                total = part
             for member in tl.static_range(OF_GROUP):
                 w = numbers[group * OF_GROUP + member]
-                if ZERO:
-                    w = subtract(w, z, ASSEMBLY)
-                elif CENTRE != 0:
-                    w = subtract(w, tl.full([N, 1], CENTRE, DTYPE), ASSEMBLY)
                 k = block * BLOCK + (group * OF_GROUP + member) * WIDTH + i
                 live = live_m[:, None] if EVEN_INPUTS else live_m[:, None] & (k < inputs)[None, :]
                 a = tl.load(x_rows + k[None, :], mask=live, other=0.0, eviction_policy="evict_last").to(DTYPE)
-                if GROUPED:
-                    part = tl.dot(w, tl.trans(a), part) if WEIGHT_FIRST else tl.dot(a, tl.trans(w), part)
-                else:
-                    acc = tl.dot(w, tl.trans(a), acc) if WEIGHT_FIRST else tl.dot(a, tl.trans(w), acc)
+                part = tl.dot(w, tl.trans(a), part) if WEIGHT_FIRST else tl.dot(a, tl.trans(w), part)
+                if DOTTED:
+                    total = tl.dot(ones, tl.trans(a), total) if WEIGHT_FIRST else tl.dot(a, tl.trans(ones), total)
             if GROUPED:
-                s = tl.load(scale + index, mask=live_n, other=0.0).to(tl.float32)
-                acc += part * (s[:, None] if WEIGHT_FIRST else s[None, :])
+                if SHIFTED:
+                    total = across(totals[group], not WEIGHT_FIRST) if SUMMED else total
+                    part -= total * (across(zeros[group], WEIGHT_FIRST) + OFFSET if ZERO else OFFSET)
+                acc += part * across(scales[group], WEIGHT_FIRST)
+            else:
+                acc, every = part, total + totals[group] if SUMMED else total
+        scales, zeros, totals = next_scales, next_zeros, next_totals
 
+    if not GROUPED:
+        if SHIFTED:
+            every = across(every, not WEIGHT_FIRST) if SUMMED else every
+            acc -= every * (across(zeros[0], WEIGHT_FIRST) + OFFSET if ZERO else OFFSET)
+        acc *= across(scales[0], WEIGHT_FIRST)
     if WEIGHT_FIRST:
         place = m.to(tl.int64)[None, :] * outputs + n[:, None]
         live = live_m[None, :] & live_n[:, None]
@@ -84,12 +152,9 @@ def multiply_kernel(
         for each in range(tl.num_programs(2)):
             acc += tl.load(parts + each * size + place, mask=live, other=0.0, cache_modifier=".cg")
         tl.store(counter, 0)
-    if not GROUPED:
-        s = tl.load(scale + n, mask=live_n, other=0.0).to(tl.float32)
-        acc *= s[:, None] if WEIGHT_FIRST else s[None, :]
     if BIAS:
         b = tl.load(bias + n, mask=live_n, other=0.0).to(tl.float32)
-        acc += b[:, None] if WEIGHT_FIRST else b[None, :]
+        acc += across(b, WEIGHT_FIRST)
     tl.store(y + place, acc.to(y.dtype.element_ty), mask=live)
 
 
@@ -112,20 +177,22 @@ def multiply(x: Tensor, weight: PlanarWeight, bias: Tensor | None, config: Confi
     splits = triton.cdiv(blocks, share)
     y = x.new_empty(rows, outputs)
     parts = y if splits == 1 else x.new_empty(splits, rows, outputs, dtype=torch.float32)
-    kind = name_of(weight.scheme.kind)
-    assembly = assembly_of(kind, x.dtype)
-    offset = offset_of(kind, x.dtype, assembly)
-    centre = 2 ** (weight.scheme.kind.bits - 1) + offset if weight.scheme.kind.is_integer else 0
-    pairs = weight.q if weight.pairs is None else weight.pairs[int(x.dtype != torch.bfloat16)]
+    kind = weight.scheme.kind
+    name = name_of(kind)
+    assembly = assembly_of(name, x.dtype, weight.values)
+    offset = offset_of(name, x.dtype, assembly)
+    if weight.zero is None and kind.is_integer:
+        offset += 2 ** (kind.bits - 1)
+    summed = config.rows > FEW and (offset != 0 or weight.zero is not None)
+    sums = sums_of(x, weight.group if weight.grouped else weight.block) if summed else weight.scale
     multiply_kernel[(tiles_n, tiles_m, splits)](
         x, weight.q, weight.scale, weight.scale if weight.zero is None else weight.zero,
-        weight.scale if weight.table is None else weight.table, pairs, x if bias is None else bias, y, parts,
+        weight.scale if weight.table is None else weight.table, x if bias is None else bias, sums, y, parts,
         weight.counters, rows, outputs, inputs, x.stride(0), blocks, share,
-        KIND=kind, PLANES=32 // weight.bits, WIDTH=weight.width, GROUP=weight.group, GROUPED=weight.grouped,
-        ZERO=weight.zero is not None, CENTRE=centre, OFFSET=offset,
-        BIAS=bias is not None, SPLIT=splits > 1, EVEN_INPUTS=inputs == weight.columns,
-        EVEN_OUTPUTS=outputs % config.outputs == 0, DTYPE=dot_type(x.dtype), ASSEMBLY=assembly,
-        M=config.rows, N=config.outputs, WEIGHT_FIRST=config.weight_first,
+        KIND=name, PLANES=32 // weight.bits, WIDTH=weight.width, GROUP=weight.group, GROUPED=weight.grouped,
+        ZERO=weight.zero is not None, OFFSET=offset, SUMMED=summed, BIAS=bias is not None, SPLIT=splits > 1,
+        EVEN_INPUTS=inputs == weight.columns, EVEN_OUTPUTS=outputs % config.outputs == 0, DTYPE=dot_type(x.dtype),
+        ASSEMBLY=assembly, M=config.rows, N=config.outputs, WEIGHT_FIRST=config.weight_first,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return y

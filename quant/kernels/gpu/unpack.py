@@ -10,6 +10,8 @@ Numbers of float kinds come as they are, unscaled. To integers :func:`offset` is
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +21,7 @@ from quant.scheme import WeightKind
 
 def interpreting() -> bool:
     """Whether the kernels run in Triton's interpreter, which needs no device, and knows no assembly."""
-    return not isinstance(subtract, triton.JITFunction)
+    return not isinstance(number, triton.JITFunction)
 
 
 def name_of(kind: WeightKind) -> str:
@@ -45,10 +47,15 @@ def _times(plane: int, bf16: bool, factor: int) -> str:
     return f"mov.b32 s, {factor}; mul.rn.f16x2 ${plane}, t, s;"
 
 
-def assembly_of(kind: str, dtype: torch.dtype) -> str:
-    """From two words, ``$8, $9``, to eight pairs, or from ``$4, $5`` to four. Empty where there is no assembly."""
+@cache
+def assembly_of(kind: str, dtype: torch.dtype, values: tuple[float, ...] | None) -> str:
+    """From two words, ``$8, $9``, to eight pairs, or from ``$4, $5`` to four. Empty where there is no assembly. ``values``
+    are those of a table."""
     if interpreting() or torch.version.hip is not None:
         return ""
+    if kind == "table":
+        assert values is not None
+        return _table_assembly(torch.tensor(values).to(dtype).view(torch.int16).tolist())
     bf16 = dtype == torch.bfloat16
     if kind in ("uint4", "e2m1"):
         lines = ["prmt.b32 low, $8, $9, 0x5410;", "prmt.b32 high, $8, $9, 0x7632;"]
@@ -94,21 +101,39 @@ def assembly_of(kind: str, dtype: torch.dtype) -> str:
     return "{ .reg .b32 low, high, s, t, one; " + " ".join(lines) + " }"
 
 
+def _table_assembly(bits: list[int]) -> str:
+    """A byte permutation takes 4 of 8 bytes by 4 numbers of 3 bits: two of them, and a third that takes from both by the
+    fourth bits, look up one byte of 4 codes. ``even`` has the codes of planes 0, 2, 4 and 6 of both words beside each
+    other, ``odd`` those of the others."""
+
+    def four(first: int, shift: int) -> int:
+        return sum((bits[first + i] >> shift & 255) << 8 * i for i in range(4))
+
+    lines = ["shl.b32 t, $9, 4;", f"lop3.b32 even, $8, t, {0x0F0F0F0F}, 0xe4;"]
+    lines += ["shr.u32 t, $8, 4;", f"lop3.b32 odd, t, $9, {0x0F0F0F0F}, 0xe4;"]
+    for first, codes in enumerate(("even", "odd")):
+        for half in (0, 1):
+            if half:
+                lines += [f"shr.u32 {codes}, {codes}, 16;"]
+            lines += [f"and.b32 s, {codes}, 0x7777;", f"shr.u32 t, {codes}, 1;", "lop3.b32 t, t, 0x4444, 0x3210, 0xea;"]
+            for name, shift in (("low", 0), ("high", 8)):
+                for target, start in ((name, 0), ("other", 8)):
+                    lines += [f"prmt.b32 {target}, {four(start, shift)}, {four(start + 4, shift)}, s;"]
+                lines += [f"prmt.b32 {name}, {name}, other, t;"]
+            plane = first + 4 * half
+            lines += [f"prmt.b32 ${plane}, low, high, 0x5140;", f"prmt.b32 ${plane + 2}, low, high, 0x7362;"]
+    return "{ .reg .b32 low, high, other, s, t, even, odd; " + " ".join(lines) + " }"
+
+
 @triton.constexpr_function
 def times(count, dtype):
     return (dtype,) * count
 
 
 @triton.jit
-def planes(word, table, pairs, KIND: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
+def planes(word, table, KIND: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
     """The eight or four planes of ``word``, as ``DTYPE``."""
-    if ASSEMBLY != "" and KIND == "table":
-        a, b = halves(tl.load(pairs + (word & 255)), DTYPE)
-        c, d = halves(tl.load(pairs + ((word >> 8) & 255)), DTYPE)
-        e, f = halves(tl.load(pairs + ((word >> 16) & 255)), DTYPE)
-        g, h = halves(tl.load(pairs + ((word >> 24) & 255)), DTYPE)
-        return a, b, c, d, e, f, g, h
-    elif ASSEMBLY != "" and (KIND == "uint4" or KIND == "e2m1"):
+    if ASSEMBLY != "" and (KIND == "uint4" or KIND == "e2m1" or KIND == "table"):
         return tl.inline_asm_elementwise(
             ASSEMBLY, "=r,=r,=r,=r,=r,=r,=r,=r,r,r", [word],
             dtype=times(8, DTYPE), is_pure=True, pack=2,
@@ -133,15 +158,6 @@ def planes(word, table, pairs, KIND: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY
 
 
 @triton.jit
-def halves(pair, DTYPE: tl.constexpr):
-    """Two tensors of 16-bit numbers from one of both."""
-    return tl.inline_asm_elementwise(
-        "prmt.b32 $0, $2, $3, 0x5410; prmt.b32 $1, $2, $3, 0x7632;", "=&r,=r,r,r", [pair],
-        dtype=times(2, DTYPE), is_pure=True, pack=2,
-    )  # fmt: skip
-
-
-@triton.jit
 def number(word, place: tl.constexpr, table, KIND: tl.constexpr, DTYPE: tl.constexpr):
     """The numbers whose codes begin at bit ``place``, in plain Triton."""
     code = word >> place
@@ -157,19 +173,3 @@ def number(word, place: tl.constexpr, table, KIND: tl.constexpr, DTYPE: tl.const
         return (code & 255).to(tl.float32).to(DTYPE)
     else:
         return (code & 15).to(tl.float32).to(DTYPE)
-
-
-@triton.jit
-def subtract(plane, zero, ASSEMBLY: tl.constexpr):
-    """``plane - zero`` of small integers: two at once."""
-    if ASSEMBLY != "" and plane.dtype == tl.bfloat16:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 one; mov.b32 one, 0xbf80bf80; fma.rn.bf16x2 $0, $2, one, $1; }", "=r,r,r",
-            [plane, zero], dtype=plane.dtype, is_pure=True, pack=2,
-        )  # fmt: skip
-    elif ASSEMBLY != "":
-        return tl.inline_asm_elementwise(
-            "sub.rn.f16x2 $0, $1, $2;", "=r,r,r", [plane, zero], dtype=plane.dtype, is_pure=True, pack=2
-        )
-    else:
-        return plane - zero
