@@ -1,13 +1,14 @@
 """Decoding on the GPU at hand: CUDA graphs against none, int4 against bfloat16, and both against Transformers.
 
-    python -m benchmarks.gpu_engine [--seconds 450] [--skip-correctness]
+    python -m benchmarks.gpu_engine [--seconds 450] [--skip-correctness] [--skip-peers] [--kinds int4 bf16] [--graphs-only]
 
 First correctness: on the bundled models, greedy tokens with graphs, by the same steps without capturing (must be equal), by
 ordinary steps, and of the CPU in float32 (must be equal in float32; in 16 bits a padded batch may round a logit otherwise).
 Then a random model of the shape of Llama 8B, int4 by AWQ in groups of 128 and bfloat16, written to a temporary folder: time
 of a decoding step of 1, 8 and 32 sequences with prompts of 128 tokens, and tokens a second. ``device`` is the time of the
-graph alone; what ``step`` takes beyond it is the host's. The bound is reading all weights once at the rate of copying. The
-peers are Transformers' ``generate`` and ``generate_batch`` (continuous batching) with the same bfloat16 weights.
+graph alone; what ``step`` takes beyond it is the host's. Below a step of one sequence are its kernels. The bound is reading
+all weights once at the rate of copying. The peers are Transformers' ``generate`` and ``generate_batch`` (continuous
+batching) with the same bfloat16 weights.
 
 A part that fails is printed and left out, and the exit status is 1; what would begin after ``--seconds`` is left out. All of it
 in JSON on the last line, and after every part in ``$OUT/gpu_engine.json``.
@@ -109,15 +110,43 @@ def ours(name: str, folder: Path, graphs: bool, rate: float) -> list[dict[str, A
             llm.engine.step()
         step = statistics.median(seconds[WARM:])
         rows.append(row(name + (", graphs" if graphs else ""), batch, step, step_bytes(llm) / rate, on_device))
+        if graphs and batch == 1:
+            rows[-1]["kernels"] = kernels_of(captured_step(llm, batch))
     return rows
 
 
-def device_seconds(llm: LLM, batch: int) -> float | None:
-    """Of the graph alone; it writes again what it wrote last."""
+def captured_step(llm: LLM, batch: int) -> Callable[[], object]:
+    """The graph that decodes ``batch`` sequences; it writes again what it wrote last."""
     graphs = llm.engine.runner.graphs
-    if graphs is None:
+    assert graphs is not None
+    return graphs._steps[next(size for size in graphs.sizes if batch <= size)]
+
+
+def kernels_of(step: Callable[[], object], repeats: int = 5) -> list[dict[str, Any]]:
+    """Launches and microseconds of each kernel of a step."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(repeats):
+            step()
+        torch.cuda.synchronize()
+    found = [
+        {"kernel": event.key, "launches": event.count / repeats, "microseconds": event.device_time_total / repeats}
+        for event in profile.key_averages()
+        if event.device_time_total
+    ]
+    found.sort(key=lambda each: -each["microseconds"])
+    for each in found[:16]:
+        print(
+            f"    {each['launches']:6.0f} launches {each['microseconds']:8.0f} us  {each['kernel'][:110]}", flush=True
+        )
+    return found
+
+
+def device_seconds(llm: LLM, batch: int) -> float | None:
+    """Of the graph alone."""
+    if llm.engine.runner.graphs is None:
         return None
-    step = graphs._steps[next(size for size in graphs.sizes if batch <= size)]
+    step = captured_step(llm, batch)
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(20):
@@ -195,6 +224,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=450, help="no part begins later")
     parser.add_argument("--skip-correctness", action="store_true")
+    parser.add_argument("--skip-peers", action="store_true")
+    parser.add_argument("--kinds", nargs="+", default=["int4", "bf16"], choices=["int4", "bf16"])
+    parser.add_argument("--graphs-only", action="store_true")
     arguments = parser.parse_args()
     begin, failures = time.monotonic(), list[str]()
     torch.manual_seed(0)
@@ -223,13 +255,13 @@ def main() -> int:
     shape = random_llama.LLAMA_8B
     with tempfile.TemporaryDirectory() as scratch:
         written: dict[str, Path] = {}
-        for kind in ("int4", "bf16"):
+        for kind in arguments.kinds:
             write = partial(random_llama.write, shape, Path(scratch) / kind, quantized=kind == "int4", device="cuda")
             if folder := part(f"write {kind}", "", write):
                 written[kind] = folder
-                for graphs in (True, False):
+                for graphs in (True,) if arguments.graphs_only else (True, False):
                     part(f"{kind}, graphs {graphs}", "decode", partial(ours, f"relinear {kind}", folder, graphs, rate))
-        if folder := written.get("bf16"):
+        if (folder := written.get("bf16")) and not arguments.skip_peers:
             bound = 2 * shape.linear_parameters / rate
             part("transformers generate", "decode", partial(peer_generate, folder, bound))
             part("transformers generate_batch", "decode", partial(peer_batching, folder, bound))

@@ -55,7 +55,7 @@ VARLEN_SAFE: Table = {
 }
 VARLEN_HOPPER: Table = {
     64: Config(128, 64, 4, 3),
-    128: Config(128, 32, 4, 3),
+    128: Config(128, 64, 8, 5),
     256: Config(128, 32, 8, 2),
     1024: Config(16, 16, 4, 2),
 }

@@ -1,0 +1,57 @@
+"""Puts the kernels in the place of modules that were recognised. Where a call is not what a kernel takes, the module's own
+code runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from runtime.operators import kernels
+from runtime.operators.recognize import Gate, Norm
+
+
+def use_norm(module: nn.Module, norm: Norm) -> None:
+    own = module.forward
+
+    def forward(hidden_states: Tensor) -> Tensor:
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        if hidden_states.dtype != weight.dtype or hidden_states.stride(-1) != 1:
+            return own(hidden_states)
+        return kernels.rms_norm(hidden_states, weight, norm)
+
+    module.forward = forward
+
+
+def use_gate(module: nn.Module, gate: Gate) -> None:
+    def forward(x: Tensor) -> Any:
+        layers: Any = module
+        if gate.joined:
+            first, second = getattr(layers, gate.joined)(x).chunk(2, -1)
+        else:
+            first, second = layers.gate_proj(x), layers.up_proj(x)
+        return layers.down_proj(kernels.gated(first, second, gate.activation))
+
+    module.forward = forward
+
+
+def rotate(
+    original: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **named: Any
+) -> Any:
+    """``original``, unless it is asked for what the kernel computes."""
+    usual = not others and named.get("unsqueeze_dim", 1) == 1 and named.keys() <= {"unsqueeze_dim"}
+    if (
+        not usual
+        or not q.dim() == k.dim() == 4
+        or not q.shape[0] == k.shape[0] == cos.shape[0] == 1
+        or not q.shape[-1] == k.shape[-1] == cos.shape[-1]
+        or not q.shape[2] == k.shape[2] == cos.shape[1]
+        or not q.dtype == k.dtype == cos.dtype == sin.dtype
+        or q.dtype == torch.float32
+        or not q.stride(-1) == k.stride(-1) == cos.stride(-1) == sin.stride(-1) == 1
+    ):
+        return original(q, k, cos, sin, *others, **named)
+    return kernels.rotary(q, k, cos, sin)
