@@ -55,10 +55,14 @@ VARLEN_SAFE: Table = {
 }
 VARLEN_HOPPER: Table = {
     64: Config(128, 64, 4, 3),
-    128: Config(128, 64, 8, 5),
+    128: Config(128, 32, 4, 3),
     256: Config(128, 32, 8, 2),
     1024: Config(16, 16, 4, 2),
 }
+VARLEN_HOPPER_LONG: Table = VARLEN_HOPPER | {128: Config(128, 64, 8, 5)}
+"""Five stages, since finding a page takes every other one."""
+LONG = 4096
+"""New tokens of a sequence from which on these are better: 3 % for 8192, and 4 % worse for 2048."""
 VARLEN_HOPPER_QUANTIZED: Table = {
     64: Config(128, 64, 8, 2),
     128: Config(128, 64, 8, 3),
@@ -76,10 +80,14 @@ def decode_config(spec: AttentionSpec, model: torch.dtype, cache: torch.dtype, c
     return _look_up(table, spec, model, cache)
 
 
-def varlen_config(spec: AttentionSpec, model: torch.dtype, cache: torch.dtype, capability: tuple[int, int]) -> Config:
+def varlen_config(
+    spec: AttentionSpec, model: torch.dtype, cache: torch.dtype, capability: tuple[int, int], longest: int = 0
+) -> Config:
+    """``longest``: the most new tokens of a sequence."""
     table = VARLEN_SAFE
     if capability == HOPPER:
-        table = VARLEN_HOPPER_QUANTIZED if cache in LARGEST_CODE else VARLEN_HOPPER
+        table = VARLEN_HOPPER_LONG if longest >= LONG else VARLEN_HOPPER
+        table = VARLEN_HOPPER_QUANTIZED if cache in LARGEST_CODE else table
     return _look_up(table, spec, model, cache)
 
 

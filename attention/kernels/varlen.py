@@ -113,7 +113,9 @@ def varlen(
     config: Config | None = None,
 ) -> None:
     """Fill the rows of ``out`` [T, H, Dv] that belong to sequences with two or more new tokens."""
-    config = config or varlen_config(spec, q.dtype, cache.dtype, device_of(q.device.index).capability)
+    if config is None:
+        capability = device_of(q.device.index).capability
+        config = varlen_config(spec, q.dtype, cache.dtype, capability, batch.max_query)
     group, sequences = spec.heads // spec.kv_heads, batch.kv_lens.shape[0]
     members = min(group, config.rows)
     programs = q.shape[0] // (config.rows // members) + sequences

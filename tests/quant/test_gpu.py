@@ -13,7 +13,7 @@ import torch
 
 from quant.base import LinearShape, Scheme, WeightKind
 from quant.kernels.gpu import dequantize, device, multiply, tuned
-from quant.kernels.gpu.tuned import HOPPER, SAFE, TABLES, Config
+from quant.kernels.gpu.tuned import FINE, HOPPER, SAFE, SAFE_FINE, TABLES, Config
 from quant.kernels.planar import block_columns, columns_of_group, planar
 from quant.kernels.wna16 import WIDTH, Wna16Kernel
 from tests.compiling import Build, builds
@@ -105,6 +105,17 @@ def test_every_configuration_fits(
         pytest.skip("the other table's")
     each = check(build(case, min(most, 64), config, capability, dtype), config, case, capability)
     report(f"{name} {dtype} sm_{capability[0]}{capability[1]} {tuple(config)}: {each:.1f} instructions a weight")
+
+
+@WARNS
+@pytest.mark.parametrize(
+    "group", [32, pytest.param(64, marks=pytest.mark.slow), pytest.param(16, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("capability", [SM80, SM90])
+def test_configurations_for_small_groups_fit(capability: tuple[int, int], group: int) -> None:
+    case = Case("int4", 4096, 4096, (1, group), zero_point=True)
+    for most, config in {SM80: SAFE_FINE, SM90: FINE[SM90]}[capability].items():
+        check(build(case, min(most, 64), config, capability, torch.bfloat16), config, case, capability)
 
 
 @WARNS

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quant.kernels.gpu.device import device_of, dot_type
-from quant.kernels.gpu.tuned import Config, config_for
+from quant.kernels.gpu.tuned import FINE_GROUP, Config, config_for
 from quant.kernels.gpu.unpack import assembly_of, name_of, offset_of, planes
 from quant.kernels.planar import MOST_TILES, PlanarWeight
 
@@ -47,15 +47,19 @@ def sums_of(x: Tensor, group: int) -> Tensor:
 
 
 @triton.jit
+def of_group(values, block, group: tl.constexpr, i, live, count, BLOCK: tl.constexpr, GROUP: tl.constexpr):
+    """What a group of a block has at ``i``, of ``count``: scales, zero points, sums."""
+    return tl.load(values + (block * BLOCK + group * GROUP) // GROUP * count + i, mask=live, other=0).to(tl.float32)
+
+
+@triton.jit
 def of_groups(
     values, block, i, live, count, BLOCK: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, WANTED: tl.constexpr
 ):  # fmt: skip
-    """What the groups of a block have at ``i``, of ``count`` each: scales, zero points, sums."""
     found = ()
     if WANTED:
         for group in tl.static_range(GROUPS):
-            index = (block * BLOCK + group * GROUP) // GROUP * count + i
-            found += (tl.load(values + index, mask=live, other=0).to(tl.float32),)  # type: ignore[assignment]
+            found += (of_group(values, block, group, i, live, count, BLOCK, GROUP),)  # type: ignore[assignment]
     return found
 
 
@@ -79,6 +83,7 @@ def multiply_kernel(
     SHIFTED: tl.constexpr = ZERO or OFFSET != 0
     DOTTED: tl.constexpr = SHIFTED and not SUMMED  # ones
     SUMS: tl.constexpr = GROUP if GROUPED else BLOCK
+    AHEAD: tl.constexpr = GROUPS <= 2 or M <= 16  # else there are too many to be kept in registers
     m = tl.program_id(1) * M + tl.arange(0, M)
     n = tl.program_id(0) * N + tl.arange(0, N)
     split = tl.program_id(2)
@@ -92,9 +97,9 @@ def multiply_kernel(
     ones = tl.full([N, WIDTH], 1.0, DTYPE)
     every = tl.zeros(acc.shape, tl.float32) if DOTTED else tl.zeros([M], tl.float32)  # sum of inputs
     # What is loaded of a group is too little to be copied asynchronously, so it is asked for a block ahead.
-    scales = of_groups(scale, first, n, live_n, outputs, BLOCK, GROUP, GROUPS, True)
-    zeros = of_groups(zero, first, n, live_n, outputs, BLOCK, GROUP, GROUPS, ZERO)
-    totals = of_groups(sums, first, m, live_m, rows, BLOCK, SUMS, GROUPS, SUMMED)
+    scales = of_groups(scale, first, n, live_n, outputs, BLOCK, GROUP, GROUPS, AHEAD)
+    zeros = of_groups(zero, first, n, live_n, outputs, BLOCK, GROUP, GROUPS, AHEAD and ZERO)
+    totals = of_groups(sums, first, m, live_m, rows, BLOCK, SUMS, GROUPS, AHEAD and SUMMED)
     for block in range(first, stop):
         places = words + (block * outputs + n)[:, None] * WIDTH + i[None, :]
         if EVEN_OUTPUTS:
@@ -103,10 +108,10 @@ def multiply_kernel(
             word = tl.load(places, mask=live_n[:, None], other=0, eviction_policy="evict_first")
         following = tl.minimum(block + 1, stop - 1)
         next_scales, next_zeros = scales, zeros
-        next_totals = of_groups(sums, following, m, live_m, rows, BLOCK, SUMS, GROUPS, SUMMED)
+        next_totals = of_groups(sums, following, m, live_m, rows, BLOCK, SUMS, GROUPS, AHEAD and SUMMED)
         if GROUPED:
-            next_scales = of_groups(scale, following, n, live_n, outputs, BLOCK, GROUP, GROUPS, True)
-            next_zeros = of_groups(zero, following, n, live_n, outputs, BLOCK, GROUP, GROUPS, ZERO)
+            next_scales = of_groups(scale, following, n, live_n, outputs, BLOCK, GROUP, GROUPS, AHEAD)
+            next_zeros = of_groups(zero, following, n, live_n, outputs, BLOCK, GROUP, GROUPS, AHEAD and ZERO)
         numbers = planes(word, table, KIND, DTYPE, ASSEMBLY)
         for group in tl.static_range(GROUPS):
             part, total = acc, every
@@ -122,10 +127,22 @@ def multiply_kernel(
                 if DOTTED:
                     total = tl.dot(ones, tl.trans(a), total) if WEIGHT_FIRST else tl.dot(a, tl.trans(ones), total)
             if GROUPED:
-                if SHIFTED:
-                    total = across(totals[group], not WEIGHT_FIRST) if SUMMED else total
-                    part -= total * (across(zeros[group], WEIGHT_FIRST) + OFFSET if ZERO else OFFSET)
-                acc += part * across(scales[group], WEIGHT_FIRST)
+                if AHEAD:
+                    s = scales[group]
+                else:
+                    s = of_group(scale, block, group, n, live_n, outputs, BLOCK, GROUP)
+                if SUMMED and AHEAD:
+                    total = across(totals[group], not WEIGHT_FIRST)
+                elif SUMMED:
+                    total = across(of_group(sums, block, group, m, live_m, rows, BLOCK, SUMS), not WEIGHT_FIRST)
+                if ZERO and AHEAD:
+                    part -= total * (across(zeros[group], WEIGHT_FIRST) + OFFSET)
+                elif ZERO:
+                    z = of_group(zero, block, group, n, live_n, outputs, BLOCK, GROUP)
+                    part -= total * (across(z, WEIGHT_FIRST) + OFFSET)
+                elif SHIFTED:
+                    part -= total * OFFSET
+                acc += part * across(s, WEIGHT_FIRST)
             else:
                 acc, every = part, total + totals[group] if SUMMED else total
         scales, zeros, totals = next_scales, next_zeros, next_totals
@@ -169,7 +186,9 @@ def multiply(x: Tensor, weight: PlanarWeight, bias: Tensor | None, config: Confi
     """``x [rows, in]``, float16 or bfloat16, in the order of the weight's columns."""
     (rows, inputs), outputs = x.shape, weight.shape.out_features
     device = device_of(x.device.index)
-    config = config or config_for(weight.bits, rows, device.capability)
+    kind = weight.scheme.kind
+    fine = kind.is_integer and weight.grouped and weight.group < FINE_GROUP
+    config = config or config_for(weight.bits, rows, device.capability, fine)
     blocks = weight.q.shape[0]
     tiles_m, tiles_n = triton.cdiv(rows, config.rows), triton.cdiv(outputs, config.outputs)
     splits = splits_of(tiles_m * tiles_n, blocks, config, device.processors)
@@ -177,7 +196,6 @@ def multiply(x: Tensor, weight: PlanarWeight, bias: Tensor | None, config: Confi
     splits = triton.cdiv(blocks, share)
     y = x.new_empty(rows, outputs)
     parts = y if splits == 1 else x.new_empty(splits, rows, outputs, dtype=torch.float32)
-    kind = weight.scheme.kind
     name = name_of(kind)
     assembly = assembly_of(name, x.dtype, weight.values)
     offset = offset_of(name, x.dtype, assembly)

@@ -58,6 +58,20 @@ TABLES: dict[tuple[int, int], dict[int, Table]] = {
 }
 
 
-def config_for(bits: int, rows: int, capability: tuple[int, int]) -> Config:
-    table = TABLES.get(capability, SAFE)[bits]
+FINE_GROUP = 128
+"""4-bit integers in smaller groups than this have so many scales, zero points and sums in a block that they want tiles of their
+own. These were not swept, but chosen among those that spill no registers."""
+SAFE_FINE: Table = {16: Config(16, 64, 2, 3, False, 4), MOST_ROWS: Config(32, 32, 2, 2, True, 2)}
+FINE: dict[tuple[int, int], Table] = {
+    HOPPER: {
+        8: Config(8, 64, 2, 3, True, 4),
+        32: Config(16, 64, 2, 3, False, 4),
+        MOST_ROWS: Config(32, 64, 4, 3, False, 2),
+    },
+}
+
+
+def config_for(bits: int, rows: int, capability: tuple[int, int], fine: bool = False) -> Config:
+    """``fine``: of integers in small groups."""
+    table = FINE.get(capability, SAFE_FINE) if fine and bits == 4 else TABLES.get(capability, SAFE)[bits]
     return next((config for most, config in table.items() if rows <= most), table[max(table)])
