@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quant.activation import quantize_dequantize
 from quant.base import Activation, LinearShape, QuantWeight, Scheme, WeightKind, canonical_specs
-from quant.kernels.gpu.multiply import multiply
+from quant.kernels.gpu.multiply import multiply, sums_of
 from quant.kernels.gpu.tuned import Config
 from quant.kernels.gpu.unpack import interpreting
 from quant.kernels.planar import PlanarWeight, planar
@@ -193,3 +193,14 @@ def test_inputs_are_quantized_first(kind: str, block: tuple[int, int], activatio
     assert y.dtype == x.dtype
     assert relative_error(y, quantized, dequantize(plain)) < TOLERANCE[torch.float16]
     assert relative_error(y, x, dequantize(plain)) > 1.5 * TOLERANCE[torch.float16], "quantizing changes something"
+
+
+@pytest.mark.parametrize("group", [64, 320])
+def test_sums_of_inputs_reach_to_the_last_block(group: int) -> None:
+    """320 inputs in blocks of 128: of groups of 64 the last one only fills up, and has a sum all the same."""
+    prepared = planar(Case("int8", 70, 320, (1, group), zero_point=True).weight(), 32)
+    x = torch.randn(20, 320, device=DEVICE).to(torch.float16)
+    sums = sums_of(x, prepared)
+    width = group if prepared.grouped else 128
+    padded = torch.nn.functional.pad(x.float(), (0, 384 - 320)).view(20, 384 // width, width)
+    torch.testing.assert_close(sums, padded.sum(-1).T.contiguous())

@@ -35,11 +35,13 @@ def sums_kernel(x, sums, rows, inputs, x_row, GROUP: tl.constexpr, PADDED: tl.co
     tl.store(sums + tl.program_id(0) * rows + m, total, mask=m < rows)
 
 
-def sums_of(x: Tensor, group: int) -> Tensor:
-    """Of the columns of each group, float32 ``[groups, rows]``."""
+def sums_of(x: Tensor, weight: PlanarWeight) -> Tensor:
+    """Of the columns of each group, or of each block where all columns are one group: float32 ``[groups, rows]``. Groups
+    that only fill up a block are counted in."""
     rows, inputs = x.shape
-    sums = x.new_empty(triton.cdiv(inputs, group), rows, dtype=torch.float32)
-    sums_kernel[(sums.shape[0], triton.cdiv(rows, SUM_ROWS))](
+    group, groups = (weight.group, weight.scale.shape[0]) if weight.grouped else (weight.block, weight.q.shape[0])
+    sums = x.new_empty(groups, rows, dtype=torch.float32)
+    sums_kernel[(groups, triton.cdiv(rows, SUM_ROWS))](
         x, sums, rows, inputs, x.stride(0), GROUP=group, PADDED=min(triton.next_power_of_2(group), 512), M=SUM_ROWS,
         num_warps=4,
     )  # fmt: skip
@@ -202,7 +204,7 @@ def multiply(x: Tensor, weight: PlanarWeight, bias: Tensor | None, config: Confi
     if weight.zero is None and kind.is_integer:
         offset += 2 ** (kind.bits - 1)
     summed = config.rows > FEW and (offset != 0 or weight.zero is not None)
-    sums = sums_of(x, weight.group if weight.grouped else weight.block) if summed else weight.scale
+    sums = sums_of(x, weight) if summed else weight.scale
     multiply_kernel[(tiles_n, tiles_m, splits)](
         x, weight.q, weight.scale, weight.scale if weight.zero is None else weight.zero,
         weight.scale if weight.table is None else weight.table, x if bias is None else bias, sums, y, parts,
