@@ -4,35 +4,43 @@ code runs."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from runtime.operators import kernels
-from runtime.operators.recognize import Gate, Norm
+from runtime.operators.recognize import ACTIVATIONS, Gate, Norm
 
 
 def use_norm(module: nn.Module, norm: Norm) -> None:
     own = module.forward
 
-    def forward(hidden_states: Tensor) -> Tensor:
-        weight = module.weight
+    def forward(*arguments: Any, **keywords: Any) -> Any:
+        if len(arguments) != 1 or keywords:  # a gate, perhaps
+            return own(*arguments, **keywords)
+        (x,), weight = arguments, module.weight
         assert isinstance(weight, Tensor)
-        if hidden_states.dtype != weight.dtype or hidden_states.stride(-1) != 1:
-            return own(hidden_states)
-        return kernels.rms_norm(hidden_states, weight, norm)
+        if x.dtype != weight.dtype or x.stride(-1) != 1:
+            return own(x)
+        return kernels.rms_norm(x, weight, norm)
 
     module.forward = forward
 
 
 def use_gate(module: nn.Module, gate: Gate) -> None:
-    def forward(x: Tensor) -> Any:
-        layers: Any = module
+    own = module.forward
+
+    def forward(*arguments: Any, **keywords: Any) -> Any:
+        if len(arguments) != 1 or keywords:
+            return own(*arguments, **keywords)
+        (x,), layers = arguments, cast(Any, module)
         if gate.joined:
             first, second = getattr(layers, gate.joined)(x).chunk(2, -1)
         else:
             first, second = layers.gate_proj(x), layers.up_proj(x)
+        if first.dtype == torch.float32 or first.stride(-1) != 1 or second.stride(-1) != 1:
+            return layers.down_proj(ACTIVATIONS[gate.activation](first) * second)
         return layers.down_proj(kernels.gated(first, second, gate.activation))
 
     module.forward = forward

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Olmo2Config, Phi3Config, Qwen3Config
+from transformers.models.bamba.modeling_bamba import BambaRMSNormGated
 
 from runtime.operators import kernels, recognize, replace_with_kernels
 from runtime.operators.recognize import Norm
@@ -91,3 +92,14 @@ def test_models_compute_what_they_computed(config: type) -> None:
     assert sorted(replace_with_kernels(model).split(", ")) == sorted(REPLACED[config].split(", "))
     difference = (model(ids).logits.float() - wanted).norm() / wanted.norm()
     assert difference < 5e-3, difference
+
+
+@torch.inference_mode()
+def test_a_norm_that_is_given_a_gate_uses_it() -> None:
+    norm = BambaRMSNormGated(64, 64).to(DEVICE, torch.float16)
+    x, gate = random(3, 64, dtype=torch.float16), random(3, 64, dtype=torch.float16)
+    plain, gated = norm(x), norm(x, gate)
+    assert replace_with_kernels(torch.nn.ModuleList([norm])) == "1 norms"
+    assert_near(norm(x), plain)
+    assert torch.equal(norm(x, gate), gated)
+    assert torch.equal(norm(x, gate=gate), gated)
