@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -130,5 +129,4 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device."""
-    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
-    return nullcontext() if interpreting else torch.cuda.device(device)
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -17,7 +17,7 @@ from attention import AttentionBatch, AttentionSpec, KVCache, UnsupportedAttenti
 from attention.kernels import decode, shape, store_kv, varlen
 from attention.kernels.decode import splits_of
 from attention.kernels.shape import split_key_dim
-from attention.kernels.tuned import Config, varlen_config
+from attention.kernels.tuned import LONG, Config, varlen_config
 from attention.paged import PagedBackend
 from tests.compiling import Build, builds
 
@@ -97,6 +97,13 @@ def check_build(capability: tuple[int, int], dims: tuple[int, int], stored: torc
 @pytest.mark.parametrize("stored", [BF16, FP8, INT8])
 def test_kernels_of_128_fit_and_use_the_tensor_cores(capability: tuple[int, int], stored: torch.dtype) -> None:
     check_build(capability, (128, 128), stored)
+
+
+@WARNS
+def test_the_tiles_of_long_prompts_fit() -> None:
+    found = build(SM90, spec_of(128), BF16, BF16, LONG)["varlen_kernel"]
+    assert found.wgmma > 0
+    assert found.shared > build(SM90, spec_of(128), BF16, BF16, LONG - 1)["varlen_kernel"].shared, "others"
 
 
 @WARNS

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
-from runtime.operators import recognize, replace_operators
+from runtime.operators import kernels, recognize, replace_operators
 from runtime.operators.recognize import Gate, Norm, gate_of, norm_of, rotary_forward
+from tests.compiling import builds
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,6 +28,22 @@ def test_every_kernel_in_the_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_every_kernel_is_compiled_and_spills_nothing(capability: tuple[int, int]) -> None:
+    def tensor(*size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.bfloat16, device="meta")
+
+    def launch() -> None:
+        kernels.rms_norm(tensor(1, 7, 8192), tensor(8192), Norm("rounded", 1e-6))
+        kernels.gated(tensor(1, 7, 14336), tensor(1, 7, 14336), "silu")
+        kernels.rotary(tensor(1, 32, 7, 128), tensor(1, 8, 7, 128), tensor(1, 7, 128), tensor(1, 7, 128))
+
+    found = builds(launch, (kernels,), capability)
+    assert [each.name for each in found] == ["rms_norm_kernel", "gated_kernel", "rotary_kernel"]
+    assert all(each.spills == 0 for each in found), found
 
 
 class Almost(LlamaRMSNorm):
