@@ -1,63 +1,163 @@
-"""A connection whose client has to say in time what it wants, and to take in time what it gets.
+"""Connections, and how much of the server one may hold: time to say what it wants, time to take its answer, a descriptor.
 
-uvicorn limits how long a connection stays idle after an answer, not how long a new one takes to send its first headers, nor
-how slowly they may come, nor how long an answer waits to be taken; a few of those would use up every descriptor.
+uvicorn limits how long a connection stays idle after an answer, but not how long a new one takes to send its first headers, how
+slowly they may come, or how long what has been written waits for a client that does not read; and it counts connections without
+refusing any. A few of those clients would use up every descriptor.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import resource
+import time
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from runtime.server.errors import error_response
+
+logger = logging.getLogger(__name__)
+
 HEADER_SECONDS = 30.0
 WRITE_SECONDS = 60.0
+MAX_CONNECTIONS = 1024
+RESERVED_DESCRIPTORS = 32
+"""For the listener, the log, the event loop and the connection that is being refused."""
 
 
 class PatientProtocol(H11Protocol):
-    """Closes a connection whose headers are not complete :data:`HEADER_SECONDS` after it, or the request, began, or whose
-    client has taken too little for :data:`WRITE_SECONDS` while a full buffer waited for it."""
+    """Closes a connection whose headers are not complete :data:`HEADER_SECONDS` after it, or the request, began, and one that
+    takes nothing of what is written for :data:`WRITE_SECONDS`.
 
-    _deadline: asyncio.TimerHandle | None = None
-    _patience: asyncio.TimerHandle | None = None
+    There are at most ``max_connections``. One more takes the place of the one that has been idle for longest; if all are at
+    work, it is answered 503.
+    """
+
+    max_connections = MAX_CONNECTIONS
+    _headers_due: asyncio.TimerHandle | None = None
+    _writing_due: asyncio.TimerHandle | None = None
+    _quiet_since = 0.0
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._watch()
+        self._quiet_since = time.monotonic()
+        if len(self.connections) > self.max_connections and not self._make_room():
+            self._refuse()
+            return
+        self._watch_headers()
 
     def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
         super().data_received(data)
         if self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
-            self._watch()
+            self._watch_headers()
         else:
-            self._unwatch()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._unwatch()
-        self._relax()
-        super().connection_lost(exc)
+            self._unwatch_headers()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        # Not close(), which would wait until the buffer has been taken.
-        self._patience = self.loop.call_later(WRITE_SECONDS, self.transport.abort)
+        self._watch_writing()
 
     def resume_writing(self) -> None:
-        self._relax()
         super().resume_writing()
+        if not self.transport.is_closing():
+            self._unwatch_writing()
 
-    def _relax(self) -> None:
-        if self._patience is not None:
-            self._patience.cancel()
-            self._patience = None
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._quiet_since = time.monotonic()
+        if self.transport.is_closing():
+            self._watch_writing()
 
-    def _watch(self) -> None:
-        if self._deadline is None:
-            self._deadline = self.loop.call_later(HEADER_SECONDS, self.transport.close)
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self._watch_writing()
 
-    def _unwatch(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._unwatch_headers()
+        self._unwatch_writing()
+        super().connection_lost(exc)
+
+    def _watch_headers(self) -> None:
+        if self._headers_due is None:
+            self._headers_due = self.loop.call_later(HEADER_SECONDS, self._give_up)
+
+    def _unwatch_headers(self) -> None:
+        if self._headers_due is not None:
+            self._headers_due.cancel()
+            self._headers_due = None
+
+    def _give_up(self) -> None:
+        self.transport.close()
+        self._watch_writing()
+
+    def _watch_writing(self) -> None:
+        """Begins where nothing more is written until the client has read: at the high-water mark, or before the end."""
+        if self._writing_due is None:
+            before = self.transport.get_write_buffer_size()
+            self._writing_due = self.loop.call_later(WRITE_SECONDS, self._require_progress, before)
+
+    def _unwatch_writing(self) -> None:
+        if self._writing_due is not None:
+            self._writing_due.cancel()
+            self._writing_due = None
+
+    def _require_progress(self, before: int) -> None:
+        self._writing_due = None
+        waiting = self.transport.get_write_buffer_size()
+        if waiting >= before > 0:
+            logger.warning("dropped a client that took nothing for %g s; %d bytes waited", WRITE_SECONDS, waiting)
+            self.transport.abort()  # close() would wait for them
+        elif waiting:
+            self._watch_writing()
+
+    @property
+    def _quiet(self) -> bool:
+        return (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing()
+
+    def _make_room(self) -> bool:
+        """Close the connection that has had nothing to do for longest; ``False`` if every other one is at work."""
+        others = [other for other in self.connections if other is not self and isinstance(other, PatientProtocol)]
+        oldest = min((o for o in others if o._quiet), key=lambda other: other._quiet_since, default=None)
+        if oldest is not None:
+            oldest.transport.abort()
+            self.connections.discard(oldest)  # now, not when the loop comes to it: a burst counts right
+        return oldest is not None
+
+    def _refuse(self) -> None:
+        logger.warning("refused a connection: %d are at work", self.max_connections)
+        response = error_response(503, f"all {self.max_connections} connections are in use. Try again later.")
+        head = [
+            b"HTTP/1.1 503 Service Unavailable",
+            b"connection: close",
+            *(k + b": " + v for k, v in response.raw_headers),
+        ]
+        self.transport.write(b"\r\n".join(head) + b"\r\n\r\n" + response.body)
+        self.transport.close()
+
+
+def limit_connections() -> None:
+    """Allow as many connections as there are descriptors for, once the process may have as many as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        soft = MAX_CONNECTIONS + 2 * RESERVED_DESCRIPTORS if hard == resource.RLIM_INFINITY else hard
+        soft = max(soft, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    PatientProtocol.max_connections = max(1, min(MAX_CONNECTIONS, soft - RESERVED_DESCRIPTORS))
+    if PatientProtocol.max_connections < MAX_CONNECTIONS:
+        logger.warning(
+            "%d descriptors (ulimit -n) are enough for %d connections at once; %d want %d",
+            soft, PatientProtocol.max_connections, MAX_CONNECTIONS, MAX_CONNECTIONS + RESERVED_DESCRIPTORS,
+        )  # fmt: skip
+
+
+def explain(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """For the loop's exceptions: without a descriptor for a new connection it waits for a second, and a sentence is enough."""
+    error = context.get("exception")
+    if isinstance(error, OSError) and "accept" in str(context.get("message")):
+        logger.error("no new connection could be accepted, trying again in a second: %s (see ulimit -n)", error)
+    else:
+        loop.default_exception_handler(context)

@@ -1,4 +1,4 @@
-"""What every request has to pass before any route sees it: host, key, size, patience.
+"""What every request has to pass before any route sees it: host, key, size.
 
 It reads the whole body, within limits, and only then calls the application. Plain ASGI, because anything that wraps streaming
 breaks the notice of a disconnect.

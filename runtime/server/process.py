@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import sys
+import time
 from collections.abc import Callable
 from types import FrameType
 
@@ -20,7 +21,7 @@ import uvicorn
 from runtime.config import EngineConfig
 from runtime.errors import Error, LoadError
 from runtime.server.app import build_app
-from runtime.server.connection import PatientProtocol
+from runtime.server.connection import PatientProtocol, explain, limit_connections
 from runtime.server.gate import MAX_HEADER_BYTES
 from runtime.server.metrics import Metrics
 from runtime.server.options import ServerOptions
@@ -29,7 +30,6 @@ from runtime.worker import Worker
 logger = logging.getLogger("relinear")
 
 ENGINE_FAILED = 70
-MAX_CONNECTIONS = 1024
 KEEP_ALIVE_SECONDS = 30
 CLOSE_SECONDS = 5.0
 
@@ -67,7 +67,6 @@ class _Process:
             server_header=False,
             proxy_headers=False,
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-            limit_concurrency=MAX_CONNECTIONS,
             ssl_keyfile=options.ssl_keyfile,
             ssl_certfile=options.ssl_certfile,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
@@ -82,6 +81,8 @@ class _Process:
         self._draining: asyncio.Task[None] | None = None
 
     async def run(self) -> int:
+        limit_connections()
+        asyncio.get_running_loop().set_exception_handler(explain)
         self.listener.listen()
         logger.info("listening: %s; loading %s", self._address(), self.worker.config.model)
         self.worker.start()
@@ -145,9 +146,17 @@ class _Process:
         self.server.should_exit = True
 
     async def _watch(self) -> None:
-        """A hanging forward pass cannot be interrupted; whoever supervises this process can start it again."""
+        """A hanging forward pass cannot be interrupted; whoever supervises this process can start it again.
+
+        Time in which this loop stood still as well, with the whole process, is not held against the engine.
+        """
         while True:
+            before = time.monotonic()
             await asyncio.sleep(1)
+            stopped = time.monotonic() - before - 1
+            if stopped > 1:
+                logger.warning("this process stood still for %.0f s", stopped)
+                self.worker.heartbeat = min(self.worker.heartbeat + stopped, time.monotonic())
             if self.worker.engine is not None and self.worker.silent_seconds > self.options.watchdog_timeout:
                 logger.critical("the engine made no progress for %.0f s; giving up", self.worker.silent_seconds)
                 faulthandler.dump_traceback(all_threads=True)

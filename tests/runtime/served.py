@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -19,6 +20,10 @@ CHAT_TEMPLATE = """{% for message in messages %}<|{{ message.role }}|>
 {% endfor %}{% if add_generation_prompt %}<|assistant|>
 {% endif %}"""
 START_SECONDS = 60.0
+COUNT_TASKS = """
+import asyncio, os, signal
+signal.signal(signal.SIGUSR1, lambda *_: os.write(2, b"tasks: %d\\n" % len(asyncio.all_tasks())))
+"""
 
 
 class Served:
@@ -32,7 +37,7 @@ class Served:
         arguments = ["serve", "--model-path", model, "--port", "0", "--dtype", "float32"]
         if "--chat-template" not in flags:
             arguments += ["--chat-template", str(template)]
-        code = f"import sys\n{faulty}\nfrom runtime.cli import main\nsys.exit(main({[*arguments, *flags]!r}))"
+        code = f"import sys\n{COUNT_TASKS}\n{faulty}\nfrom runtime.cli import main\nsys.exit(main({[*arguments, *flags]!r}))"
         self._log = Path(self.folder.name) / "log"
         with self._log.open("w") as log:
             self.process = subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=log)
@@ -76,6 +81,21 @@ class Served:
     @property
     def descriptors(self) -> int:
         return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+
+    @property
+    def rss_bytes(self) -> int:
+        return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * resource.getpagesize()
+
+    @property
+    def tasks(self) -> int:
+        """Tasks of the event loop."""
+        before = self.log.count("\ntasks: ")
+        self.process.send_signal(signal.SIGUSR1)
+        end = time.monotonic() + 10
+        while self.log.count("\ntasks: ") == before:
+            assert time.monotonic() < end, "the event loop does not run"
+            time.sleep(0.01)
+        return int(re.findall(r"^tasks: (\d+)$", self.log, re.MULTILINE)[-1])
 
     def stop(self, number: int = signal.SIGTERM, seconds: float = 20.0) -> int:
         """Send a signal and wait; the exit status."""
