@@ -1,9 +1,12 @@
 # make demo: install and generate with the bundled AWQ model.   make test: everything.   make check: lint, format, types.
 # make accuracy: what every method loses, and the fidelity of every kernel.   make architectures: the sweep behind ARCHITECTURES.md.
+# make soak: load, aborts and kills against a server, ten minutes.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test accuracy test-slow test-cuda architectures mutants check format bench clean
+MINUTES ?= 10
+
+.PHONY: demo test soak accuracy test-slow test-cuda architectures mutants check format bench clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -25,6 +28,9 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --du
 
 test: check
 	$(PYTEST)
+
+soak: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --minutes $(MINUTES)
 
 accuracy: .venv/installed
 	$(BIN)/python -m tests.accuracy

@@ -7,6 +7,7 @@ breaks the notice of a disconnect.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import logging
 from collections.abc import Sequence
@@ -21,6 +22,9 @@ PUBLIC = frozenset({"/health"})
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 READ_SECONDS = 30.0
 MAX_HEADER_BYTES = 32 * 1024
+DISCARD_SECONDS = 5.0
+DISCARDED_BODIES = 16
+"""How many times the largest body is read, and thrown away, of a request that is refused."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,8 @@ class Gate:
             return
         if scope["type"] != "http":
             return  # no websockets here
+        headers = _Headers(scope["headers"])
         try:
-            headers = _Headers(scope["headers"])
             # The parser limits what it has to wait for; what arrives in one piece is limited here.
             if headers.nbytes > MAX_HEADER_BYTES:
                 raise Refused(431, f"the headers are larger than {MAX_HEADER_BYTES} bytes.")
@@ -66,8 +70,9 @@ class Gate:
         except Refused as refusal:
             self._on_refusal(refusal.status)
             logger.warning("refused %s: %s", scope["path"], refusal.message)
+            await self._discard(headers, receive)
             response = error_response(refusal.status, refusal.message, refusal.code)
-            response.headers["connection"] = "close"  # what is left of the body is not read
+            response.headers["connection"] = "close"  # what is left of the body is not a request
             if refusal.status == 401:
                 response.headers["www-authenticate"] = "Bearer"
             await response(scope, receive, send)
@@ -120,6 +125,18 @@ class Gate:
         except TimeoutError:
             raise Refused(408, f"the body was not complete after {self.limits.read_seconds:g} s.") from None
         return b"".join(parts)
+
+    async def _discard(self, headers: _Headers, receive: Any) -> None:
+        """Read on, within limits: closing over bytes that nobody read resets the connection before the client knows why."""
+        if headers.all(b"expect"):
+            return  # it asked before sending
+        left, more = DISCARDED_BODIES * self.limits.max_body_bytes, True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DISCARD_SECONDS):
+                while more and left > 0:
+                    message = await receive()
+                    left -= len(message.get("body", b""))
+                    more = message.get("more_body", False)
 
 
 class _Headers:

@@ -168,6 +168,23 @@ def test_what_the_gate_refuses(server: Served) -> None:
     )
 
 
+def test_a_refusal_reaches_who_is_still_sending(server: Served) -> None:
+    """Closed over what it had not read, the connection would be reset and the reason lost."""
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3000000\r\n"
+    for extra, status in (
+        (b"", b"413"),
+        (b"Content-Encoding: gzip\r\n", b"415"),
+        (b"Expect: 100-continue\r\n", b"413"),
+    ):
+        connection = raw(server, head + extra + b"\r\n", seconds=10)
+        if b"Expect" in extra:
+            assert connection.recv(4000).startswith(b"HTTP/1.1 " + status), "who asks is told before it sends"
+        else:
+            connection.sendall(b"x" * 3_000_000)
+            assert connection.recv(4000).startswith(b"HTTP/1.1 " + status)
+        connection.close()
+
+
 def test_a_request_cannot_forge_a_line_of_the_log(server: Served) -> None:
     connection = raw(server, b"GET /%0a2026-01-01%20CRITICAL%20forged%1b[31m HTTP/1.1\r\nHost: evil\r\n\r\n")
     assert b"403" in connection.recv(1000)
