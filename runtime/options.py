@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from runtime.errors import InvalidRequest
+from runtime.foreign_options import foreign_options
 
 LOADING = (
     "quantization", "quantization_config", "kernel", "weight_only", "attention_backend", "dtype", "device",
@@ -26,8 +27,9 @@ ENGINE = (
 QUEUE = ("max_queued_requests", "queue_timeout", "request_timeout", "seed")
 SERVER = (
     "host", "port", "served_model_name", "api_key", "api_key_file", "allowed_hosts", "max_body_bytes", "chat_template",
-    "tool_call_parser", "reasoning_parser",
-    "ssl_keyfile", "ssl_certfile", "log_requests", "sampling_defaults", "watchdog_timeout", "shutdown_timeout", "log_level",
+    "tool_call_parser", "reasoning_parser", "ssl_keyfile", "ssl_certfile", "ssl_keyfile_password", "ssl_ca_certs",
+    "ssl_cert_reqs", "ssl_ciphers", "root_path", "log_requests", "sampling_defaults", "watchdog_timeout", "shutdown_timeout",
+    "log_level",
 )  # fmt: skip
 
 
@@ -148,6 +150,7 @@ def engine_options(parser: argparse.ArgumentParser) -> None:
         "--disable-radix-cache", "--no-enable-prefix-caching", dest="enable_prefix_caching", action="store_false",
         help="never start from the keys and values of an earlier prompt",
     )  # fmt: skip
+    group.add_argument("--enable-prefix-caching", action="store_true", help="the default")
     group.add_argument(
         "--disable-cuda-graph", "--enforce-eager", dest="disable_cuda_graph", action="store_true",
         help="launch the kernels of a decoding step one by one",
@@ -189,7 +192,23 @@ def server_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--allowed-hosts", type=_names, metavar="H,H", help="default: loopback names when on loopback")
     group.add_argument("--ssl-keyfile", metavar="FILE", help="with --ssl-certfile: serve https")
     group.add_argument("--ssl-certfile", metavar="FILE", help="PEM, with its chain")
-    group.add_argument("--log-requests", action="store_true", default=None, help="a line a request, without its text")
+    group.add_argument("--ssl-keyfile-password", metavar="P", help="of an encrypted key")
+    group.add_argument("--ssl-ca-certs", metavar="FILE", help="who signs clients' certificates, for --ssl-cert-reqs")
+    group.add_argument(
+        "--ssl-cert-reqs", type=int, choices=(0, 1, 2), help="clients' certificates: 0 none, 1 optional, 2 required"
+    )
+    group.add_argument("--ssl-ciphers", metavar="LIST", help="in OpenSSL's spelling; default: OpenSSL's choice")
+    group.add_argument(
+        "--root-path",
+        "--fastapi-root-path",
+        dest="root_path",
+        metavar="P",
+        help="prefix that a proxy in front takes away",
+    )
+    group.add_argument(
+        "--log-requests", "--enable-log-requests", dest="log_requests", action="store_true", default=None,
+        help="a line a request, without its text",
+    )  # fmt: skip
     group.add_argument("--max-body-bytes", type=int, metavar="N", help="default: 8 MiB")
     group.add_argument("--chat-template", metavar="FILE", help="instead of the tokenizer's own")
     group.add_argument(
@@ -198,20 +217,22 @@ def server_options(parser: argparse.ArgumentParser) -> None:
         help="how calls look: hermes, qwen25, qwen3_coder; default: known for the model",
     )
     group.add_argument(
-        "--enable-auto-tool-choice", action="store_true", help="accepted for vLLM's users; calls are always read"
-    )
-    group.add_argument(
         "--reasoning-parser", metavar="NAME", help="how thoughts look: qwen3, deepseek-r1; default: known for the model"
     )
     group.add_argument(
         "--sampling-defaults", choices=("model", "openai"), help="from generation_config.json (default), or plain"
     )
+    group.add_argument(
+        "--generation-config", dest="sampling_defaults", type=_generation_config, metavar="auto|vllm",
+        help="vLLM's spelling of --sampling-defaults model|openai",
+    )  # fmt: skip
     group.add_argument("--watchdog-timeout", type=float, metavar="S", help="exit if a step hangs; default: 300")
     group.add_argument("--shutdown-timeout", type=float, metavar="S", help="for answers that run; default: 30")
     group.add_argument("--log-level", choices=("debug", "info", "warning", "error"), help="default: info")
     group.add_argument(
         "--model-impl", choices=("auto", "transformers"), help="whose modelling code; there is only Transformers'"
     )
+    foreign_options(parser)
 
 
 def _load_format(text: str) -> str:
@@ -220,6 +241,15 @@ def _load_format(text: str) -> str:
             f"{text!r} is not read: only safetensors are; pickled files (pt, bin) could run code, and GGUF is refused by design"
         )
     return text
+
+
+def _generation_config(text: str) -> str:
+    known = {"auto": "model", "vllm": "openai"}
+    if text not in known:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not read: auto takes the model's generation_config.json, vllm none"
+        )
+    return known[text]
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ def build_app(worker: Worker, options: ServerOptions, metrics: Metrics) -> FastA
         version=native.package_version(),
         docs_url=None,
         redoc_url=None,
+        root_path=options.root_path.rstrip("/"),
         responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
     )
     app.state.service = Service(worker, options, metrics)

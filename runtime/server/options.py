@@ -25,6 +25,11 @@ class ServerOptions:
     reasoning_parser: str | None = None
     ssl_keyfile: str | None = None
     ssl_certfile: str | None = None
+    ssl_keyfile_password: str | None = None
+    ssl_ca_certs: str | None = None
+    ssl_cert_reqs: int = 0
+    ssl_ciphers: str | None = None
+    root_path: str = ""
     log_requests: bool = False
     sampling_defaults: str = "model"
     watchdog_timeout: float = 300.0
@@ -34,6 +39,19 @@ class ServerOptions:
     def __post_init__(self) -> None:
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
             raise LoadError("https needs both --ssl-keyfile and --ssl-certfile.")
+        alone = [
+            name
+            for name in ("ssl_keyfile_password", "ssl_ca_certs", "ssl_cert_reqs", "ssl_ciphers")
+            if getattr(self, name)
+        ]
+        if alone and self.ssl_certfile is None:
+            raise LoadError(
+                f"--{alone[0].replace('_', '-')} is for https, which needs --ssl-keyfile and --ssl-certfile."
+            )
+        if self.ssl_cert_reqs and self.ssl_ca_certs is None:
+            raise LoadError("--ssl-cert-reqs asks clients for certificates: --ssl-ca-certs names who signs them.")
+        if self.root_path and not self.root_path.startswith("/"):
+            raise LoadError(f"--root-path begins with a slash, not {self.root_path!r}.")
 
     @property
     def scheme(self) -> str:

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import socket
+import ssl
 import sys
 import time
 from collections.abc import Callable
@@ -69,13 +70,22 @@ class _Process:
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             ssl_keyfile=options.ssl_keyfile,
             ssl_certfile=options.ssl_certfile,
+            ssl_keyfile_password=options.ssl_keyfile_password,
+            ssl_ca_certs=options.ssl_ca_certs,
+            ssl_cert_reqs=options.ssl_cert_reqs,
+            ssl_ciphers=options.ssl_ciphers,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=int(CLOSE_SECONDS),
         )
         try:
+            if options.ssl_certfile is not None:  # without a password that is needed, OpenSSL would ask the terminal
+                password = (options.ssl_keyfile_password or "").encode()
+                ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+                    options.ssl_certfile, options.ssl_keyfile, password
+                )
             settings.load()
         except OSError as error:
-            raise LoadError(f"--ssl-keyfile, --ssl-certfile: {error}") from error
+            raise LoadError(f"https (--ssl-keyfile, --ssl-certfile, ...): {error}") from error
         self.server = _Server(settings, self._asked_to_end)
         self.listener = _bind(options)
         self._draining: asyncio.Task[None] | None = None

@@ -5,14 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import socket
-import ssl
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -460,21 +456,3 @@ def test_whoever_waits_for_an_engine_that_dies_is_told() -> None:
         assert [answer.status_code for answer in answers] == [503]
         assert "the device fell off" in answers[0].text
         assert server.process.wait(20) == 70
-
-
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
-def test_https_and_a_log_of_requests_without_their_text(tmp_path: Path) -> None:
-    key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "certificate.pem")
-    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
-    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate, *subject]
-    subprocess.run(make, check=True, capture_output=True)
-    with Served("--ssl-keyfile", key, "--ssl-certfile", certificate, "--log-requests") as server:
-        trusting = ssl.create_default_context(cafile=certificate)
-        answer = server.post("/v1/completions", GREEDY, verify=trusting)
-        assert answer.json()["usage"]["completion_tokens"] == GREEDY["max_tokens"]
-        with pytest.raises(httpx.HTTPError):
-            httpx.get(server.url.replace("https", "http") + "/health")
-        assert "1 prompts of [" in server.log
-        assert "max_tokens 12, temperature 0" in server.log
-        assert "def main" not in server.log
-        assert server.stop() == 0
