@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 from typing import Any
@@ -12,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from runtime.errors import Error
+from runtime.request import SamplingParams
 from runtime.server import completions, native
 from runtime.server.errors import STATUS, ErrorBody, describe, error_response
 from runtime.server.gate import Gate
@@ -21,6 +23,8 @@ from runtime.server.service import Disconnected, Service
 from runtime.worker import Worker
 
 logger = logging.getLogger(__name__)
+
+GENERATE_SECONDS = 20.0
 
 
 def build_app(worker: Worker, options: ServerOptions, metrics: Metrics) -> FastAPI:
@@ -36,7 +40,10 @@ def build_app(worker: Worker, options: ServerOptions, metrics: Metrics) -> FastA
     app.state.service = Service(worker, options, metrics)
     app.include_router(completions.router)
     app.include_router(native.router)
-    app.add_api_route("/health", health, responses={503: {"description": "loading, draining, stuck or dead"}})
+    unhealthy: dict[int | str, dict[str, Any]] = {503: {"description": "loading, draining, stuck or dead"}}
+    for path, answer in (("/health", health), ("/ping", health), ("/health_generate", health_generate)):
+        app.add_api_route(path, answer, responses=unhealthy)
+        app.add_api_route(path, answer, methods=["HEAD"], include_in_schema=False)
     app.add_api_route("/metrics", exposition, response_class=PlainTextResponse)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
@@ -63,6 +70,18 @@ async def health(request: Request) -> Response:
     else:
         return JSONResponse({"status": "ok"})
     return JSONResponse({"status": status, "silent_seconds": round(silent, 1)}, 503)
+
+
+async def health_generate(request: Request) -> Response:
+    """As :func:`health`, once a token has been generated."""
+    service: Service = request.app.state.service
+    params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, cache_salt="health")
+    try:
+        async with asyncio.timeout(GENERATE_SECONDS):
+            await service.collect(request, await service.submit([[0]], params))
+    except TimeoutError:
+        return JSONResponse({"status": "stuck", "silent_seconds": round(service.worker.silent_seconds, 1)}, 503)
+    return await health(request)
 
 
 async def exposition(request: Request) -> Response:

@@ -133,7 +133,7 @@ class Writer:
         self._cached[place] = max(self._cached.get(place, 0), delta.cached_tokens if delta.index == 0 else 0)
 
     def _wants_usage(self) -> bool:
-        return self.body.stream_options is not None and self.body.stream_options.include_usage
+        return self.body.stream_options is not None and bool(self.body.stream_options.include_usage)
 
     def _no_usage(self) -> dict[str, None]:
         return {"usage": None} if self._wants_usage() else {}

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import resource
 import time
+from http import HTTPStatus
 from typing import Any
 
 import h11
@@ -129,14 +130,19 @@ class PatientProtocol(H11Protocol):
 
     def _refuse(self) -> None:
         logger.warning("refused a connection: %d are at work", self.max_connections)
-        response = error_response(503, f"all {self.max_connections} connections are in use. Try again later.")
-        head = [
-            b"HTTP/1.1 503 Service Unavailable",
-            b"connection: close",
-            *(k + b": " + v for k, v in response.raw_headers),
-        ]
-        self.transport.write(b"\r\n".join(head) + b"\r\n\r\n" + response.body)
-        self.transport.close()
+        self._answer(503, f"all {self.max_connections} connections are in use. Try again later.")
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP is answered as everything else is."""
+        self._answer(400, msg)
+
+    def _answer(self, status: int, message: str) -> None:
+        """The last words on this connection, past the application."""
+        response = error_response(status, message)
+        head = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}".encode(), b"connection: close"]
+        head += [name + b": " + value for name, value in response.raw_headers]
+        self.transport.write(b"\r\n".join(head) + b"\r\n\r\n" + bytes(response.body))
+        self._give_up()
 
 
 def limit_connections() -> None:

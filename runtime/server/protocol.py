@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -21,10 +21,10 @@ MAX_MESSAGES = 4096
 HARMLESS = frozenset(
     {
         "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-        "verbosity",
+        "verbosity", "request_id", "log_metrics", "spaces_between_special_tokens",
     }
 )  # fmt: skip
-"""Fields of the OpenAI API that change nothing about an answer given here."""
+"""Fields of OpenAI, SGLang and vLLM that change nothing about an answer given here."""
 
 REFUSED = {
     "functions": "use tools",
@@ -44,10 +44,20 @@ REFUSED = {
     "prompt_embeds": "tensors are not accepted from requests",
     "custom_logit_processor": "code is not accepted from requests",
     "custom_params": "code is not accepted from requests",
+    "token_ids_logprob": "top_logprobs_num gives the likeliest tokens",
+    "prompt_logprobs": "use echo with logprobs",
+    "truncate_prompt_tokens": "shorten the prompt",
+    "allowed_token_ids": "use logit_bias, or structured_outputs",
+    "bad_words": "use logit_bias",
+    "stop_regex": "use stop",
+    "use_beam_search": "tokens are sampled, not searched",
+    "priority": "requests are served first come, first served",
+    "return_routed_experts": "experts are not reported",
+    **{f"guided_{form}": f"use structured_outputs with {form}" for form in ("json", "regex", "choice", "grammar")},
 }
 """Fields that would change the answer, and why they cannot be served."""
 
-EMPTY: tuple[Any, ...] = (None, [], {}, False, "none", ["text"])
+EMPTY: tuple[Any, ...] = (None, [], {}, False, 0, "none", ["text"])
 
 
 def _known_fields(schema: dict[str, Any]) -> None:
@@ -108,7 +118,11 @@ class Sampling(Body):
 
 
 class StreamOptions(BaseModel):
-    include_usage: bool = False
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None  # nothing is padded, and nobody needs it to be
+    continuous_usage_stats: Literal[False] | None = None
 
 
 class OpenAI(Sampling):

@@ -243,6 +243,8 @@ def test_the_small_routes(server: Served, llm: LLM) -> None:
     assert text["text"] == PROMPTS[1]
     assert server.get("/health").json() == {"status": "ok"}
     assert server.get("/get_model_info").json()["quantization"] == "awq"
+    for path in ("/health", "/ping", "/health_generate"):
+        assert (server.get(path).json(), httpx.head(server.url + path).status_code) == ({"status": "ok"}, 200)
     assert "kernel" in server.get("/server_info").json()["report"]
     assert server.get("/server_info").json()["internal_states"][0]["running"] == 0
     assert server.get("/tokenizer_info").json()["eos_token"] == llm.get_tokenizer().eos_token

@@ -114,6 +114,10 @@ def body(**fields: Any) -> bytes:
         (body(unheard_of=1), 400),
         (body(user="me", metadata={"a": "b"}), 200),
         (body(stream_options={"include_usage": True}), 400),
+        (body(stream=True, stream_options={"continuous_usage_stats": True}), 400),
+        (body(guided_regex="a"), 400),
+        (body(prompt_logprobs=1), 400),
+        (body(prompt_logprobs=None, priority=0, request_id="x"), 200),
         (body(structured_outputs={"regex": "(a{1,1000}){1,1000}" * 20}), 200),
         (body(structured_outputs={"regex": "(x+x+)+y"}), 200),
         (body(structured_outputs={"json": {"$ref": "#"}}), 400),
@@ -258,6 +262,20 @@ def test_a_slow_reader_delays_nobody_and_still_gets_everything(server: Served) -
     slow.close()
     pieces = [json.loads(line[6:]) for line in content.decode().splitlines() if line.startswith('data: {"id')]
     assert "".join(piece["choices"][0]["text"] for piece in pieces) == whole
+
+
+def test_what_is_no_http_is_answered_like_everything_else(server: Served) -> None:
+    for content in (
+        b"garbage\r\n\r\n",
+        b"\x16\x03\x01\x02\r\n\r\n",
+        b"POST /generate HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+    ):
+        connection = raw(server, content)
+        head, _, answer = connection.recv(4000).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+        assert json.loads(answer)["error"]["type"] == "invalid_request_error"
+        assert connection.recv(10) == b""
+        connection.close()
 
 
 def test_half_requests_and_idle_connections(server: Served) -> None:

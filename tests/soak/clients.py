@@ -92,7 +92,7 @@ async def leave(client: httpx.AsyncClient, questions: list[Question], chance: ra
         "prompt": f"import {chance.randrange(9)}\n" * chance.choice([1, 60]),
     }
     try:
-        async with asyncio.timeout(chance.choice([0.005, 0.05, 0.3])):
+        async with asyncio.timeout(chance.choice([0.005, 0.05, 0.3, 1.5])):
             response = await client.post("/v1/completions", json=body)
     except TimeoutError:
         return "left"

@@ -24,7 +24,7 @@ from tests.soak.answers import Question
 from tests.soak.clients import CLIENTS, Interrupted, Violation, notice_end, require
 
 FLAGS = (
-    "--max-body-bytes", "300000", "--max-running-requests", "6", "--max-queued-requests", "12", "--max-total-tokens", "1536",
+    "--max-body-bytes", "300000", "--max-running-requests", "6", "--max-queued-requests", "12", "--max-total-tokens", "960",
     "--shutdown-timeout", "2",
 )  # fmt: skip
 """A cache too small for six long requests: some are preempted."""
