@@ -23,9 +23,13 @@ logger = logging.getLogger(__name__)
 
 HEADER_SECONDS = 30.0
 WRITE_SECONDS = 60.0
+LINGER_SECONDS = 1.0
 MAX_CONNECTIONS = 1024
 RESERVED_DESCRIPTORS = 32
-"""For the listener, the log, the event loop and the connection that is being refused."""
+"""For the listener, the log, the event loop, and connections that are accepted but not yet counted or refused but not gone."""
+ACCEPTED_AT_ONCE = 8
+"""Before any of them is counted; asyncio accepts in one go as many as its backlog says."""
+LISTEN_BACKLOG = 1024
 
 
 class PatientProtocol(H11Protocol):
@@ -40,6 +44,7 @@ class PatientProtocol(H11Protocol):
     _headers_due: asyncio.TimerHandle | None = None
     _writing_due: asyncio.TimerHandle | None = None
     _quiet_since = 0.0
+    _answered = False
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -50,9 +55,11 @@ class PatientProtocol(H11Protocol):
         self._watch_headers()
 
     def data_received(self, data: bytes) -> None:
-        if self.transport.is_closing():
+        if self._answered or self.transport.is_closing():
             return
         super().data_received(data)
+        if self._answered:
+            return
         if self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
             self._watch_headers()
         else:
@@ -130,6 +137,7 @@ class PatientProtocol(H11Protocol):
 
     def _refuse(self) -> None:
         logger.warning("refused a connection: %d are at work", self.max_connections)
+        self.connections.discard(self)
         self._answer(503, f"all {self.max_connections} connections are in use. Try again later.")
 
     def send_400_response(self, msg: str) -> None:
@@ -142,7 +150,13 @@ class PatientProtocol(H11Protocol):
         head = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}".encode(), b"connection: close"]
         head += [name + b": " + value for name, value in response.raw_headers]
         self.transport.write(b"\r\n".join(head) + b"\r\n\r\n" + bytes(response.body))
-        self._give_up()
+        self._answered = True
+        self._unwatch_headers()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()  # what it still sends is read: closing over it would reset the connection
+            self._headers_due = self.loop.call_later(LINGER_SECONDS, self.transport.abort)
+        else:
+            self._give_up()
 
 
 def limit_connections() -> None:
@@ -162,8 +176,10 @@ def limit_connections() -> None:
 
 def explain(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """For the loop's exceptions: without a descriptor for a new connection it waits for a second, and a sentence is enough."""
-    error = context.get("exception")
-    if isinstance(error, OSError) and "accept" in str(context.get("message")):
+    error, message = context.get("exception"), str(context.get("message"))
+    if isinstance(error, OSError) and "accept" in message:
         logger.error("no new connection could be accepted, trying again in a second: %s (see ulimit -n)", error)
-    else:
+    elif not (
+        isinstance(error, ValueError) and "_start_serving" in message
+    ):  # that second ended after the listener was closed
         loop.default_exception_handler(context)

@@ -22,7 +22,7 @@ import uvicorn
 from runtime.config import EngineConfig
 from runtime.errors import Error, LoadError
 from runtime.server.app import build_app
-from runtime.server.connection import PatientProtocol, explain, limit_connections
+from runtime.server.connection import ACCEPTED_AT_ONCE, LISTEN_BACKLOG, PatientProtocol, explain, limit_connections
 from runtime.server.gate import MAX_HEADER_BYTES
 from runtime.server.metrics import Metrics
 from runtime.server.options import ServerOptions
@@ -32,6 +32,9 @@ logger = logging.getLogger("relinear")
 
 ENGINE_FAILED = 70
 KEEP_ALIVE_SECONDS = 30
+SEND_BUFFER_BYTES = 2**17
+"""Of a connection, in the kernel, which doubles it. Left to itself it grows to megabytes, and while a client reads those
+nothing here would know that it reads."""
 CLOSE_SECONDS = 5.0
 
 
@@ -74,6 +77,7 @@ class _Process:
             ssl_ca_certs=options.ssl_ca_certs,
             ssl_cert_reqs=options.ssl_cert_reqs,
             ssl_ciphers=options.ssl_ciphers,
+            backlog=ACCEPTED_AT_ONCE,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=int(CLOSE_SECONDS),
         )
@@ -181,6 +185,11 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._on_signal = on_signal
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or []:
+            listener.listen(LISTEN_BACKLOG)  # who waits in the kernel's queue is another matter
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         asyncio.get_running_loop().call_soon_threadsafe(self._on_signal)
 
@@ -189,6 +198,7 @@ def _bind(options: ServerOptions) -> socket.socket:
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # its connections inherit it
     try:
         listener.bind((options.host, options.port))
     except (OSError, OverflowError) as error:

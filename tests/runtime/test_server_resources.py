@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.runtime.served import Served
+from tests.runtime.served import Served, until
 from tests.runtime.test_server_faults import GREEDY, LONG, events, post_bytes, raw
 
 IMPATIENT = "import runtime.server.connection as c\nc.WRITE_SECONDS = 1.5"
@@ -56,13 +56,10 @@ def test_who_never_reads_holds_little_and_not_for_ever(server: Served) -> None:
     assert greedy(server) == expected
     server.until_idle(seconds=60)  # all of it has been generated, none of it read
     assert server.rss_bytes < memory + 64 * 2**20
-    end = time.monotonic() + 10
-    while server.descriptors > descriptors:
-        assert time.monotonic() < end, "they are dropped although they stay"
-        time.sleep(0.05)
+    until(lambda: server.descriptors <= descriptors)  # they are dropped although they stay
     assert server.log.count("dropped a client that took nothing") == 4
     assert "Traceback" not in server.log
-    assert server.tasks <= tasks
+    until(lambda: server.tasks <= tasks)
     for connection in connections:
         connection.close()
     assert greedy(server) == expected
@@ -75,7 +72,9 @@ def test_who_reads_slowly_but_steadily_is_not_dropped(server: Served) -> None:
     content, slow_until = b"", time.monotonic() + 4  # longer than a deaf one is waited for
     while b"[DONE]" not in content[-100:]:
         slow = time.monotonic() < slow_until
-        content += connection.recv(2**14 if slow else 2**20)
+        piece = connection.recv(2**14 if slow else 2**20)
+        assert piece, "dropped"
+        content += piece
         time.sleep(0.02 if slow else 0)
     assert json.loads(content.split(b"data: ")[-2].splitlines()[0])["meta_info"]["completion_tokens"] == 300
     connection.close()
@@ -107,15 +106,33 @@ def test_after_kill_minus_nine_streams_are_broken_and_descriptors_may_be_few(ser
         server.stop(signal.SIGKILL)
         with pytest.raises(httpx.RemoteProtocolError):  # not an end that looks like one
             list(pieces)
-        few = f"import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, ({FEW}, {FEW}))"
-        with Served("--port", port, faulty=few) as again:
+        with Served("--port", port, faulty=_few()) as again:
             assert again.url == server.url
             assert f"{FEW} descriptors (ulimit -n) are enough for {FEW // 2} connections" in again.log
             assert greedy(again) == expected
             _idle_connections_make_room(again, expected)
             _connections_at_work_do_not(again, expected)
             assert again.stop() == 0
-            assert "Traceback" not in again.log
+            assert "Traceback" not in again.log, again.log[-6000:]
+
+
+def test_without_a_descriptor_it_says_so_and_goes_on() -> None:
+    """Nothing kept in reserve, and connections that leave the count before they leave the process."""
+    none_left = f"{_few()}\nimport runtime.server.connection as c\nc.RESERVED_DESCRIPTORS = 0"
+    with Served(faulty=none_left) as server:
+        expected = greedy(server)
+        idle = [raw(server, b"", 10) for _ in range(3 * FEW)]
+        until(lambda: "no new connection could be accepted" in server.log)
+        for connection in idle:
+            connection.close()
+        assert greedy(server) == expected
+        assert server.log.count("no new connection could be accepted") < 50
+        assert server.stop() == 0
+        assert "Traceback" not in server.log
+
+
+def _few() -> str:
+    return f"import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, ({FEW}, {FEW}))"
 
 
 def _idle_connections_make_room(server: Served, expected: str) -> None:
@@ -124,15 +141,15 @@ def _idle_connections_make_room(server: Served, expected: str) -> None:
     assert greedy(server) == expected
     for connection in idle:
         connection.close()
-    _until(lambda: server.descriptors <= before + 1)
-    assert server.tasks <= tasks
+    until(lambda: server.descriptors <= before + 1)
+    until(lambda: server.tasks <= tasks)
 
 
 def _connections_at_work_do_not(server: Served, expected: str) -> None:
     working = [raw(server, post_bytes({**LONG, "prompt": f"import {n}\n"}), 10) for n in range(FEW // 2)]
     for connection in working[:4]:
         assert b"200 OK" in connection.recv(1000)
-    _until(lambda: server.descriptors >= FEW // 2)
+    until(lambda: server.descriptors >= FEW // 2)
     refused = raw(server, post_bytes(GREEDY), 10)
     answer = refused.recv(4000)
     assert answer.startswith(b"HTTP/1.1 503 ")
@@ -142,10 +159,3 @@ def _connections_at_work_do_not(server: Served, expected: str) -> None:
         connection.close()
     server.until_idle()
     assert greedy(server) == expected
-
-
-def _until(condition: Any, seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
