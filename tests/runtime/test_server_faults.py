@@ -106,6 +106,7 @@ def body(**fields: Any) -> bytes:
         (body(prompt=["x"] * 1000), 400),
         (body(prompt="x" * 200_000), 400),
         (body(prompt="word " * 50_000), 400),
+        (body(prompt="<|endoftext|>" * 4), 200),
         (body(prompt="\x00\x1b[31m\r\n"), 200),
         (body(prompt="\N{PILE OF POO}" * 20, temperature=2.0), 200),
         (body(echo=True, max_tokens=0), 200),
@@ -276,6 +277,27 @@ def test_what_is_no_http_is_answered_like_everything_else(server: Served) -> Non
         assert json.loads(answer)["error"]["type"] == "invalid_request_error"
         assert connection.recv(10) == b""
         connection.close()
+
+
+def test_two_requests_of_one_name_are_two(server: Served) -> None:
+    fields = {
+        "text": GREEDY["prompt"],
+        "rid": "same",
+        "stream": True,
+        "sampling_params": {"max_new_tokens": 40, "temperature": 0},
+    }
+    content = post_bytes(fields).replace(b"/v1/completions", b"/generate", 1)
+    both = [raw(server, content, 10) for _ in range(2)]
+    ends = []
+    for connection in both:
+        answer = b""
+        while b"[DONE]" not in answer:
+            answer += connection.recv(65536)
+        ends.append(json.loads([line for line in answer.split(b"\n") if line.startswith(b"data: {")][-1][6:]))
+        connection.close()
+    assert ends[0]["text"] == ends[1]["text"]
+    assert [row["meta_info"]["id"] for row in ends] == ["same", "same"]
+    assert ends[0]["meta_info"]["completion_tokens"] == 40
 
 
 def test_half_requests_and_idle_connections(server: Served) -> None:
