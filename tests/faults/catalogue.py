@@ -12,9 +12,9 @@ from pathlib import Path
 HERE = Path(__file__).parent
 HEAD = """# Faults
 
-What is done to a real server in a process of its own, and the tests that do it. After each of them: every block is free, no task
-and no descriptor is left, what others are given is unchanged, and the next request is served. `make soak` does most of it at
-once, at random, for ten minutes. Written by `python -m tests.faults.catalogue --write`; a test compares it with the list.
+What is done to a real server in a process of its own, and the tests that do it. After each of them: every block is free, no
+task and no descriptor is left, what others are given is unchanged, and the next request is served. `make soak` does most of it
+at once, at random, for ten minutes. Written by `python -m tests.faults.catalogue --write`; a test compares it with the list.
 
 | | fault | here | test |
 |---|---|---|---|
