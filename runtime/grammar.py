@@ -17,6 +17,8 @@ from torch import Tensor
 
 from runtime.errors import InvalidRequest
 
+FIELD = "structured_outputs"
+"""What a request is told to look at; begins the message of an answer that its grammar ended."""
 MAX_CHARACTERS = 65_536
 MAX_GRAMMAR_SYMBOLS = 100_000
 MAX_LEXER_STATES = 50_000
@@ -40,12 +42,12 @@ class Matcher:
         """Which tokens may come next, ``bool [vocabulary]``. Raises :class:`GrammarError`."""
         mask = self._matcher.compute_bitmask()
         if self._matcher.is_error():
-            raise GrammarError(f"the grammar failed: {_cause(self._matcher)}")
+            raise GrammarError(f"{FIELD}: the grammar failed: {_cause(self._matcher)}")
         bits = np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little")[:vocabulary]
         allowed = torch.zeros(vocabulary, dtype=torch.bool)
         allowed[: len(bits)] = torch.from_numpy(bits).bool()
         if not allowed.any():
-            raise GrammarError("the grammar allows no token of this model here")
+            raise GrammarError(f"{FIELD}: the grammar allows no token of this model here")
         return allowed
 
     def accept(self, token: int) -> bool:

@@ -21,8 +21,8 @@ from typing import Any
 
 from runtime.config import EngineConfig
 from runtime.engine import Engine
-from runtime.errors import EngineDead, Error, Overloaded
-from runtime.grammar import Matcher
+from runtime.errors import EngineDead, Error, InvalidRequest, Overloaded
+from runtime.grammar import FIELD, Matcher
 from runtime.request import Delta, FinishReason, SamplingParams
 from runtime.stream import Stream
 
@@ -243,4 +243,7 @@ def failure_of(delta: Delta) -> Exception | None:
     """The exception that stands for a piece which ended badly."""
     if delta.finish_reason is FinishReason.ABORT:
         return Overloaded(delta.error or "aborted")
-    return Error(delta.error or "failed") if delta.finish_reason is FinishReason.ERROR else None
+    if delta.finish_reason is not FinishReason.ERROR:
+        return None
+    message = delta.error or "failed"
+    return InvalidRequest(message) if message.startswith(f"{FIELD}:") else Error(message)

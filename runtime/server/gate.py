@@ -22,6 +22,8 @@ PUBLIC = frozenset({"/health"})
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 READ_SECONDS = 30.0
 MAX_HEADER_BYTES = 32 * 1024
+BODIES_AT_ONCE = 32
+"""How many of the largest bodies all connections together may hold."""
 DISCARD_SECONDS = 5.0
 DISCARDED_BODIES = 16
 """How many times the largest body is read, and thrown away, of a request that is refused."""
@@ -52,6 +54,7 @@ class Gate:
         self.limits = limits
         self._keys = [key.encode() for key in limits.keys]
         self._on_refusal = on_refusal
+        self._held = 0  # bytes of bodies that are being read or answered
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -59,14 +62,20 @@ class Gate:
             return
         if scope["type"] != "http":
             return  # no websockets here
-        headers = _Headers(scope["headers"])
+        headers, parts = _Headers(scope["headers"]), _Parts()
+        try:
+            await self._pass(scope, receive, send, headers, parts)
+        finally:
+            self._held -= parts.nbytes
+
+    async def _pass(self, scope: Any, receive: Any, send: Any, headers: _Headers, parts: _Parts) -> None:
         try:
             # The parser limits what it has to wait for; what arrives in one piece is limited here.
             if headers.nbytes > MAX_HEADER_BYTES:
                 raise Refused(431, f"the headers are larger than {MAX_HEADER_BYTES} bytes.")
             self._check_host(headers)
             self._check_key(scope["path"], headers)
-            body = await self._read(headers, receive)
+            body = await self._read(headers, receive, parts)
         except Refused as refusal:
             self._on_refusal(refusal.status)
             logger.warning("refused %s: %s", scope["path"], refusal.message)
@@ -101,7 +110,7 @@ class Gate:
         if scheme.lower() != b"bearer" or not any(matches):
             raise Refused(401, "a valid key is needed: Authorization: Bearer KEY.", "invalid_api_key")
 
-    async def _read(self, headers: _Headers, receive: Any) -> bytes | None:
+    async def _read(self, headers: _Headers, receive: Any, parts: _Parts) -> bytes | None:
         """The body; ``None`` if the client went away before its end."""
         if headers.all(b"content-encoding"):
             raise Refused(415, "compressed bodies are not accepted.")
@@ -110,21 +119,23 @@ class Gate:
         length = headers.all(b"content-length")
         if length and length[0].isdigit() and int(length[0][:20]) > limit:
             raise too_large
-        parts, size, more = [], 0, True
+        too_many = Refused(503, "the server holds as many bytes of requests as it may. Try again later.")
+        more = True
         try:
             async with asyncio.timeout(self.limits.read_seconds):
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
+                    self._held += parts.append(message.get("body", b""))
                     more = message.get("more_body", False)
-                    if size > limit:
+                    if parts.nbytes > limit:
                         raise too_large
+                    if more and self._held > BODIES_AT_ONCE * limit:
+                        raise too_many
         except TimeoutError:
             raise Refused(408, f"the body was not complete after {self.limits.read_seconds:g} s.") from None
-        return b"".join(parts)
+        return parts.whole()
 
     async def _discard(self, headers: _Headers, receive: Any) -> None:
         """Read on, within limits: closing over bytes that nobody read resets the connection before the client knows why."""
@@ -137,6 +148,22 @@ class Gate:
                     message = await receive()
                     left -= len(message.get("body", b""))
                     more = message.get("more_body", False)
+
+
+class _Parts:
+    """Of a body."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+        self.nbytes = 0
+
+    def append(self, part: bytes) -> int:
+        self._parts.append(part)
+        self.nbytes += len(part)
+        return len(part)
+
+    def whole(self) -> bytes:
+        return b"".join(self._parts)
 
 
 class _Headers:

@@ -99,6 +99,9 @@ FAULTS = (
     Fault("network", "a body without an end, half a request", "closed; nothing is held", (
         f"{FAULTS_FILE}test_half_requests_and_idle_connections",
     )),
+    Fault("network", "many large bodies at once", "503 for those beyond 32 times --max-body-bytes", (
+        f"{FAULTS_FILE}test_bodies_together_have_a_limit",
+    )),
     Fault("network", "compressed bodies", "415, never unpacked", (GATE,)),
     Fault("network", "a refusal while the body is still being sent", "the client gets the reason, not a reset", (
         f"{FAULTS_FILE}test_a_refusal_reaches_who_is_still_sending",
@@ -120,7 +123,9 @@ FAULTS = (
     Fault("request", "control characters for the log", "escaped", (
         f"{FAULTS_FILE}test_a_request_cannot_forge_a_line_of_the_log",
     )),
-    Fault("request", "large, recursive or wrong schemas, catastrophic expressions", "400, or served", (BODIES, FORMS)),
+    Fault("request", "large, recursive or wrong schemas, catastrophic expressions", "400, or served", (
+        BODIES, FORMS, f"{FAULTS_FILE}test_a_grammar_that_fails_on_the_way_is_that_requests_400",
+    )),
     Fault("request", "templates that do not end or reach for Python", "400 in time", (
         "test_server_template.py::test_a_template_that_does_not_end_is_stopped",
         "test_server_template.py::test_what_a_template_may_not_do_is_that_requests_fault",

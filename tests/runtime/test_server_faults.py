@@ -186,6 +186,30 @@ def test_a_refusal_reaches_who_is_still_sending(server: Served) -> None:
         connection.close()
 
 
+def test_a_grammar_that_fails_on_the_way_is_that_requests_400(server: Served) -> None:
+    large = {"structured_outputs": {"regex": "(a{1,1000}){1,1000}" * 20}, "max_tokens": 8, "prompt": "x"}
+    failed = server.post("/v1/completions", large)
+    assert (failed.status_code, failed.json()["error"]["param"]) == (400, "structured_outputs")
+    assert "the grammar failed" in failed.text
+
+
+def test_bodies_together_have_a_limit(server: Served) -> None:
+    """Of 32 of the largest, 300 kB each here: the 40th is refused, and small ones are served all the while."""
+    before = server.rss_bytes
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 299999\r\n\r\n"
+    unfinished = [raw(server, head + b"x" * 290_000, 10) for _ in range(40)]
+    refused = unfinished[-1]
+    refused.sendall(b"x" * 9_999)
+    assert refused.recv(4000).startswith(b"HTTP/1.1 503 ")
+    assert server.post("/v1/completions", GREEDY).status_code == 200
+    for connection in unfinished:
+        connection.close()
+    assert server.rss_bytes < before + 40 * 2**20
+    server.until_idle()
+    whole = {**GREEDY, "prompt": "x" * 290_000}
+    assert server.post("/v1/completions", whole).status_code == 400  # read again, and judged
+
+
 def test_a_request_cannot_forge_a_line_of_the_log(server: Served) -> None:
     connection = raw(server, b"GET /%0a2026-01-01%20CRITICAL%20forged%1b[31m HTTP/1.1\r\nHost: evil\r\n\r\n")
     assert b"403" in connection.recv(1000)

@@ -93,7 +93,7 @@ def test_a_stopped_process_goes_on_where_it_was(server: Served) -> None:
         text
         == server.post("/v1/completions", {**LONG, "max_tokens": 300, "stream": False}).json()["choices"][0]["text"]
     )
-    time.sleep(2.5)
+    time.sleep(1.5)
     assert server.get("/health").status_code == 200, server.log
     assert greedy(server) == expected
 

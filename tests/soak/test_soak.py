@@ -17,7 +17,7 @@ def asked() -> list[Question]:
 
 
 def test_a_short_soak_holds(asked: list[Question]) -> None:
-    result = Soak(asked).run(seconds=10, round_seconds=2, ends=[(0.2, signal.SIGKILL)])
+    result = Soak(asked).run(seconds=7, round_seconds=2, ends=[(0.2, signal.SIGKILL)])
     assert not result.violations
     assert result.restarts == 1
     kinds = {outcome.partition(" ")[0] for outcome in result.outcomes}
