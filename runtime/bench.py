@@ -76,7 +76,7 @@ def bench_serving(arguments: argparse.Namespace) -> int:
         status |= _finish(arguments, "serving", result)
         results.append(result)
     if arguments.plot:
-        Path(arguments.plot).write_text(serving_figure({"": results}), encoding="utf-8")
+        Path(arguments.plot).write_text(serving_figure(results), encoding="utf-8")
     return status
 
 

@@ -8,57 +8,52 @@ from typing import Any
 from runtime.evaluation.chart import Axis, Panel, figure
 
 HEIGHT = 260
+WIDTH = 720
 CONCURRENCY = "max_concurrency"
+PANELS = (
+    ("Throughput", "tokens a second", {"": "output_throughput"}),
+    ("Time to the first token", "milliseconds", {"median": "median_ttft_ms", "99 %": "p99_ttft_ms"}),
+    ("Time per token after the first", "milliseconds", {"median": "median_tpot_ms", "99 %": "p99_tpot_ms"}),
+)
+
+Results = Sequence[Mapping[str, Any]]
+"""Of one server, by ``relinear bench serving``, one a concurrency."""
 
 
-def serving_figure(servers: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """An SVG of three panels: tokens a second; the time to the first token; the time between tokens. ``servers`` names
-    the results of ``relinear bench serving`` of each, one a concurrency; one server alone needs no name."""
-    panels = [
-        _panel("Throughput", servers, {"": "output_throughput"}, "tokens a second", 0, log=False),
-        _panel(
-            "Time to the first token",
-            servers,
-            {"median": "median_ttft_ms", "99 %": "p99_ttft_ms"},
-            "milliseconds",
-            HEIGHT,
-        ),
-        _panel(
-            "Time per token after the first",
-            servers,
-            {"median": "median_tpot_ms", "99 %": "p99_tpot_ms"},
-            "milliseconds",
-            2 * HEIGHT,
-        ),
-    ]
-    return figure(panels, "Throughput and latency against the number of requests at a time")
+def serving_figure(results: Results) -> str:
+    """An SVG of three panels: throughput, time to the first token, time per token; medians and what 99 % stay below."""
+    return _figure([{kind: (results, key) for kind, key in shown.items()} for _, _, shown in PANELS])
 
 
-def _panel(
-    title: str,
-    servers: Mapping[str, Sequence[Mapping[str, Any]]],
-    shown: Mapping[str, str],
-    unit: str,
-    top: float,
-    log: bool = True,
-) -> Panel:
-    results = [result for rows in servers.values() for result in rows]
-    values = [result[key] for result in results for key in shown.values() if result[key] is not None]
-    panel = Panel(
-        title,
-        Axis.around([result[CONCURRENCY] for result in results], "requests at a time", log=True),
-        Axis.around(values, unit, log=log, zero=not log),
-        top=top,
+def comparison_figure(servers: Mapping[str, Results]) -> str:
+    """The same of several servers by name, without the 99 %."""
+    return _figure(
+        [{server: (rows, next(iter(shown.values()))) for server, rows in servers.items()} for _, _, shown in PANELS]
     )
-    ends = []
-    for colour, (server, rows) in enumerate(servers.items()):
-        for place, (kind, key) in enumerate(shown.items()):
-            points = [(row[CONCURRENCY], row[key]) for row in rows if row[key] is not None]
-            panel.line(points, colour if server else place)
-            for x, y in points:
-                panel.point(x, y, colour if server else place, hint=f"{server} {kind} {x:g}: {y:.4g}".strip())
-            name = ", ".join(part for part in (server, kind) if part)
-            if points and name:
-                ends.append((*points[-1], name))
-    panel.labels(ends)
+
+
+def _figure(panels: Sequence[Mapping[str, tuple[Results, str]]]) -> str:
+    drawn = []
+    for place, ((title, unit, _), curves) in enumerate(zip(PANELS, panels, strict=True)):
+        curves_at = {
+            name: [(row[CONCURRENCY], row[key]) for row in rows if row[key] is not None]
+            for name, (rows, key) in curves.items()
+        }
+        drawn.append(curve_panel(title, curves_at, "requests at a time", unit, place * HEIGHT))
+    return figure(drawn, "Throughput and latency against the number of requests at a time")
+
+
+def curve_panel(
+    title: str, curves: Mapping[str, Sequence[tuple[float, float]]], across: str, up: str, top: float = 0
+) -> Panel:
+    """Named curves over a logarithmic axis that is marked where they have points."""
+    places = sorted({x for points in curves.values() for x, _ in points})
+    x_axis = Axis(places[0] / 1.15, places[-1] * 1.15, across, log=True, marks=tuple(places))
+    y_axis = Axis.around([1.06 * y for points in curves.values() for _, y in points], up, zero=True)
+    panel = Panel(title, x_axis, y_axis, top=top, width=WIDTH, height=HEIGHT)
+    for colour, (name, points) in enumerate(curves.items()):
+        panel.line(sorted(points), colour)
+        for x, y in points:
+            panel.point(x, y, colour, hint=f"{name} {x:g}: {y:.4g}".strip())
+    panel.legend([(colour, name) for colour, name in enumerate(curves) if name])
     return panel

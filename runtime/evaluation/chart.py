@@ -28,12 +28,13 @@ CHARACTER = 7.2
 
 @dataclass(frozen=True)
 class Axis:
-    """A range of values on a line of pixels; logarithmic if ``log``."""
+    """A range of values on a line of pixels; logarithmic if ``log``. ``marks`` are ticks to show instead of round numbers."""
 
     low: float
     high: float
     title: str
     log: bool = False
+    marks: tuple[float, ...] = ()
 
     @classmethod
     def around(cls, values: Sequence[float], title: str, log: bool = False, zero: bool = False) -> Axis:
@@ -56,7 +57,9 @@ class Axis:
         return min(max(part, 0.0), 1.0)
 
     def ticks(self) -> list[float]:
-        if self.log:
+        if self.marks:
+            every = list(self.marks)
+        elif self.log:
             powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             steps = (1,) if len(powers) > 4 else (1, 3) if self.high > 30 * self.low else (1, 2, 3, 4, 5, 6, 8)
             every = [step * 10.0**power for power in powers for step in steps]
