@@ -11,6 +11,7 @@ import itertools
 import json
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -108,7 +109,18 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
+        "commit": commit(),
     }
+
+
+def commit() -> str | None:
+    """Of these sources, marked if they were changed since; ``None`` outside of a repository."""
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
 
 
 def print_json(benchmark: str, **result: Any) -> None:
