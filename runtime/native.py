@@ -1,6 +1,6 @@
 """What the engine does to a loaded model besides multiplying by quantized weights, which leaves the modelling code as it is:
-layers that stay dense are multiplied by C where it is faster than torch, or several at once (:mod:`runtime.fusion`); on a GPU
-small operators are one kernel each (:mod:`runtime.operators`)."""
+layers that stay dense are multiplied by C where it is faster than torch, or several at once (:mod:`runtime.fusion`); small
+operators are one kernel each (:mod:`runtime.operators`)."""
 
 from __future__ import annotations
 

@@ -28,15 +28,6 @@ INLINE float value_of(const void *data, int64_t type, int64_t i) {
     }
 }
 
-// e^x - 1 = power - 1 + power * rest, with power a power of two and rest small: both are exact where the other is not.
-INLINE float exponential(float x, float *rest) {
-    float n = (x * 0x1.715476p0f + 0x1.8p23f) - 0x1.8p23f;
-    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float series = 1 / 120.f + r * (1 / 720.f + r * (1 / 5040.f));
-    *rest = r + r * r * (1 / 2.f + r * (1 / 6.f + r * (1 / 24.f + r * series)));
-    return as_float((uint32_t)((int32_t)n + 127) << 23);
-}
-
 // For x <= 0; NaN stays NaN.
 INLINE float exp_of(float x) {
     float rest, power = exponential(x < -87 ? -87 : x, &rest);

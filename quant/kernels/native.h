@@ -60,6 +60,16 @@ INLINE float from_f16(uint16_t bits) {
     return as_float(as_bits(magnitude) | not_finite | (uint32_t)(bits & 0x8000) << 16);
 }
 
+// To nearest, ties to even.
+INLINE uint16_t to_f16(float value) {
+    uint32_t bits = as_bits(value), magnitude = bits & 0x7fffffff;
+    uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) - as_bits(0.5f);  // the sum's last bit is 2^-24
+    uint32_t normal = (magnitude + 0xfff + (magnitude >> 13 & 1) - (112 << 23)) >> 13;
+    uint32_t finite = magnitude < as_bits(0x1p-14f) ? subnormal : normal;
+    uint32_t large = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
+    return (magnitude < as_bits(65520.f) ? finite : large) | (bits >> 16 & 0x8000);
+}
+
 INLINE float from_e4m3(uint8_t bits) {  // not its NaN
     uint32_t magnitude = (uint32_t)(bits & 0x7f) << 20;
     float value = as_float(magnitude + (120u << 23));
@@ -68,6 +78,15 @@ INLINE float from_e4m3(uint8_t bits) {  // not its NaN
 }
 
 INLINE float from_e8m0(uint8_t bits) { return bits ? as_float((uint32_t)bits << 23) : 0x1p-127f; }
+
+// e^x - 1 = power - 1 + power * rest, with power a power of two and rest small: both are exact where the other is not.
+INLINE float exponential(float x, float *rest) {
+    float n = (x * 0x1.715476p0f + 0x1.8p23f) - 0x1.8p23f;
+    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float series = 1 / 120.f + r * (1 / 720.f + r * (1 / 5040.f));
+    *rest = r + r * r * (1 / 2.f + r * (1 / 6.f + r * (1 / 24.f + r * series)));
+    return as_float((uint32_t)((int32_t)n + 127) << 23);
+}
 
 const int openmp =
 #ifdef _OPENMP

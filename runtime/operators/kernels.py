@@ -12,6 +12,9 @@ from torch import Tensor
 
 from runtime.operators.recognize import Norm
 
+DTYPES = (torch.bfloat16, torch.float16)
+"""Not float32, in which results should not depend on a kernel."""
+
 
 @triton.jit
 def rms_norm_kernel(

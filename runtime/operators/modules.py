@@ -3,17 +3,26 @@ code runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Hashable
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from runtime.operators import kernels
 from runtime.operators.recognize import ACTIVATIONS, Gate, Norm
 
 
-def use_norm(module: nn.Module, norm: Norm) -> None:
+class Kernels(Hashable, Protocol):
+    """A module with kernels, for tensors of these types on one kind of device."""
+
+    @property
+    def DTYPES(self) -> tuple[torch.dtype, ...]: ...  # noqa: N802
+    def rms_norm(self, x: Tensor, weight: Tensor, norm: Norm) -> Tensor: ...
+    def gated(self, gate: Tensor, up: Tensor, activation: str) -> Tensor: ...
+    def rotary(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+def use_norm(module: nn.Module, norm: Norm, kernels: Kernels) -> None:
     own = module.forward
 
     def forward(*arguments: Any, **keywords: Any) -> Any:
@@ -21,14 +30,14 @@ def use_norm(module: nn.Module, norm: Norm) -> None:
             return own(*arguments, **keywords)
         (x,), weight = arguments, module.weight
         assert isinstance(weight, Tensor)
-        if x.dtype != weight.dtype or x.stride(-1) != 1:
+        if x.dtype != weight.dtype or x.dtype not in kernels.DTYPES or x.stride(-1) != 1:
             return own(x)
         return kernels.rms_norm(x, weight, norm)
 
     module.forward = forward
 
 
-def use_gate(module: nn.Module, gate: Gate) -> None:
+def use_gate(module: nn.Module, gate: Gate, kernels: Kernels) -> None:
     own = module.forward
 
     def forward(*arguments: Any, **keywords: Any) -> Any:
@@ -39,7 +48,7 @@ def use_gate(module: nn.Module, gate: Gate) -> None:
             first, second = getattr(layers, gate.joined)(x).chunk(2, -1)
         else:
             first, second = layers.gate_proj(x), layers.up_proj(x)
-        if first.dtype == torch.float32 or first.stride(-1) != 1 or second.stride(-1) != 1:
+        if first.dtype not in kernels.DTYPES or first.stride(-1) != 1 or second.stride(-1) != 1:
             return layers.down_proj(ACTIVATIONS[gate.activation](first) * second)
         return layers.down_proj(kernels.gated(first, second, gate.activation))
 
@@ -47,7 +56,14 @@ def use_gate(module: nn.Module, gate: Gate) -> None:
 
 
 def rotate(
-    original: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **named: Any
+    kernels: Kernels,
+    original: Callable[..., Any],
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *others: Any,
+    **named: Any,
 ) -> Any:
     """``original``, unless it is asked for what the kernel computes."""
     usual = not others and named.get("unsqueeze_dim", 1) == 1 and named.keys() <= {"unsqueeze_dim"}
@@ -58,7 +74,7 @@ def rotate(
         or not q.shape[-1] == k.shape[-1] == cos.shape[-1]
         or not q.shape[2] == k.shape[2] == cos.shape[1]
         or not q.dtype == k.dtype == cos.dtype == sin.dtype
-        or q.dtype == torch.float32
+        or q.dtype not in kernels.DTYPES
         or not q.stride(-1) == k.stride(-1) == cos.stride(-1) == sin.stride(-1) == 1
     ):
         return original(q, k, cos, sin, *others, **named)

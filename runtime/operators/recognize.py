@@ -72,7 +72,7 @@ def norm_of(module: nn.Module) -> Norm | None:
     if list(parameters) != ["weight"] or not isinstance(eps, float) or module._buffers or module._modules:
         return None
     weight = parameters["weight"]
-    if weight.dim() != 1 or weight.dtype not in (torch.bfloat16, torch.float16):
+    if weight.dim() != 1 or not weight.is_floating_point():
         return None
     probe = copy.copy(module)
     other = 1 + _random(len(weight)) / 4

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Olmo2Config, Phi3Config, Qwen3Config
 from transformers.models.bamba.modeling_bamba import BambaRMSNormGated
 
-from runtime.operators import kernels, recognize, replace_with_kernels
+from runtime.operators import kernels, recognize, replace_with
 from runtime.operators.recognize import Norm
 
 pytestmark = pytest.mark.cuda
@@ -89,7 +89,7 @@ def test_models_compute_what_they_computed(config: type) -> None:
         parameter.mul_(1 if "norm" in name else 5)  # so that layers matter, and a wrong one shows
     ids = torch.randint(64, (1, 12), device=DEVICE)
     wanted = model(ids).logits.float()
-    assert sorted(replace_with_kernels(model).split(", ")) == sorted(REPLACED[config].split(", "))
+    assert sorted(replace_with(kernels, model).split(", ")) == sorted(REPLACED[config].split(", "))
     difference = (model(ids).logits.float() - wanted).norm() / wanted.norm()
     assert difference < 5e-3, difference
 
@@ -99,7 +99,7 @@ def test_a_norm_that_is_given_a_gate_uses_it() -> None:
     norm = BambaRMSNormGated(64, 64).to(DEVICE, torch.float16)
     x, gate = random(3, 64, dtype=torch.float16), random(3, 64, dtype=torch.float16)
     plain, gated = norm(x), norm(x, gate)
-    assert replace_with_kernels(torch.nn.ModuleList([norm])) == "1 norms"
+    assert replace_with(kernels, torch.nn.ModuleList([norm])) == "1 norms"
     assert_near(norm(x), plain)
     assert torch.equal(norm(x, gate), gated)
     assert torch.equal(norm(x, gate=gate), gated)
