@@ -51,11 +51,9 @@ format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# PYTHONS="vllm=/path/to/bin/python llama_cpp=..." names environments that have the other peers.
 bench: .venv/installed
-	$(BIN)/python -m benchmarks.linear
-	$(BIN)/python -m benchmarks.attention
-	$(BIN)/python -m benchmarks.engine
-	$(BIN)/python -m benchmarks.loading
+	$(BIN)/python -m benchmarks.report $(if $(PYTHONS),--python $(PYTHONS))
 
 clean:
 	rm -rf .venv build *.egg-info

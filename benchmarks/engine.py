@@ -1,83 +1,136 @@
-"""Prefill and decode of the whole engine against Transformers' ``generate``, in one run.
+"""Prefill and decode of the whole engine against what a user would pick instead, in one run.
 
-    python -m benchmarks.engine [--models demo 1b 135m] [--rounds 5]
+    python -m benchmarks.engine [--models demo 1b 135m] [--rounds 3] [--peers NAME ...] [--python PACKAGE=PYTHON ...]
 
-For each model the peers take turns: relinear with the AWQ checkpoint, as it is and with every layer by itself (--no-fuse
---no-native), relinear with the bf16 checkpoint, Transformers with the bf16 checkpoint (sdpa attention) and, where GPTQModel
-is installed (pip install gptqmodel), Transformers with the AWQ checkpoint. Measured are a prompt of 512 tokens until its first
-new token, and decoding 63 tokens after a prompt of 128, alone and in a batch of 8; medians over the rounds. Beside them stands
-the bound: decoding cannot be faster than reading the weights once a step at the bandwidth that this run measured, prefill not
-faster than its multiplications at the rate that this run measured for bf16.
+Peers (``benchmarks.engine_peers``) take turns, each in a process of its own that sleeps while the others run: relinear with
+the AWQ checkpoint, as it is and with every layer by itself (--no-fuse --no-native), relinear with the bf16 one, Transformers
+with both, llama.cpp with its own 4-bit file, vLLM with both. A peer that is not installed is named with the line that installs
+it; ``--python vllm=.../bin/python`` names the Python of an environment that has it.
+
+Measured are a prompt of 512 tokens until its first new token; decoding after a prompt of 128, by 1, 2, 4 and 8 sequences; 8
+requests of 128 tokens from end to end; the load and the most memory that the process ever had, with pages of mapped files.
+Numbers are medians over the rounds. Beside them stands the bound: decoding cannot be faster than reading the weights once a
+step at the bandwidth that this run measured, prefill not faster than its multiplications at the rate measured for bf16.
+A peer whose greedy answers are not the model's, by more than rounding can tip, gets no number and fails the run; llama.cpp's
+file is another quantization, so its answers have nothing to be compared with.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
+import os
+import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
-import time
-from collections.abc import Callable
-from importlib.util import find_spec
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, NoReturn
 
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
 
 from benchmarks import random_llama
+from benchmarks.answers import TIE, largest_gap, plain_model
+from benchmarks.engine_peers import PEERS
 from benchmarks.timing import measure, print_json, reader
-from runtime import LLM, SamplingParams
 from runtime.checkpoint import locate
 
-PREFILL, PROMPT, NEW, BATCH = 512, 128, 64, 8
-METRICS = ("prefill", "decode 1", "decode 8")
-
-Generate = Callable[[list[list[int]], int], object]
-"""Answer prompts of equal length with a number of new tokens each, greedily, whatever the tokens."""
-
-
-SHAPES = {"1b": random_llama.LLAMA_1B, "135m": random_llama.LLAMA_135M}
+PREFILL, PROMPT, NEW, BATCHES = 512, 128, 64, (1, 2, 4, 8)
+END_TO_END = "8 requests"
+METRICS = ("prefill", *(f"decode {batch}" for batch in BATCHES), END_TO_END)
+SHOWN = ("prefill", "decode 1", "decode 8", END_TO_END)
+BASELINE, OURS, GGUF_SOURCE = "transformers bf16", "runtime", "bf16"
+ROOT = Path(__file__).parents[1]
 
 
-def relinear(path: str, **options: Any) -> tuple[Generate, LLM]:
-    sizes = {"max_model_len": PREFILL + NEW, "max_total_tokens": 4096}
-    llm = LLM(path, skip_tokenizer_init=True, startup_check=False, **sizes, **options)
-
-    def generate(prompts: list[list[int]], new: int) -> object:
-        return llm.generate(prompts, SamplingParams(temperature=0, max_tokens=new, ignore_eos=True))
-
-    return generate, llm
+class PeerFailed(RuntimeError):
+    """Says what it printed last."""
 
 
-def transformers(path: str) -> Generate:
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, device_map="cpu")
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
+class Worker:
+    """A peer that has loaded and waits to be asked. ``paths`` are of the checkpoints; a GGUF file is added if it is needed,
+    beside bf16's."""
 
-    def generate(prompts: list[list[int]], new: int) -> object:
-        ids = torch.tensor(prompts)
-        return model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False
+    def __init__(self, peer: str, paths: dict[str, Path], pythons: dict[str, str]):
+        kind, python = PEERS[peer].checkpoint, pythons.get(PEERS[peer].package, sys.executable)
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
+        if kind not in paths:
+            self._convert(kind, paths, python)
+        self.process = subprocess.Popen(
+            [python, "-m", "benchmarks.engine_peers", peer, str(paths[kind])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())},
         )
+        self.loaded = self._answer()
+        self.peak = 0
 
-    return generate
+    def _convert(self, kind: str, paths: dict[str, Path], python: str) -> None:
+        path = paths[GGUF_SOURCE].with_name(f"{paths[GGUF_SOURCE].name}.{kind}")
+        quantization = kind.partition(".")[0].upper()
+        convert = [python, "-m", "benchmarks.gguf_llama", str(paths[GGUF_SOURCE]), str(path), quantization]
+        if subprocess.run(convert, cwd=ROOT, check=False, stdout=self.log, stderr=self.log).returncode:
+            self._fail()
+        paths[kind] = path
+
+    def _fail(self) -> NoReturn:
+        self.log.seek(0)
+        raise PeerFailed(self.log.read()[-2000:].strip().rpartition("\n")[2])
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self._fail()
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def generate(self, prompts: list[list[int]], new: int) -> tuple[float, list[list[int]]]:
+        """Seconds, and the new tokens."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"prompts": prompts, "new": new}) + "\n")
+        self.process.stdin.flush()
+        answer = self._answer()
+        if [len(row) for row in answer["tokens"]] != [new] * len(prompts):
+            raise PeerFailed(f"it gave {[len(row) for row in answer['tokens']]} tokens, not {new} each")
+        self.peak = answer["peak"]
+        return answer["seconds"], answer["tokens"]
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.process.kill()
+        self.process.communicate()
+        self.log.close()
 
 
-def tokens_per_second(generate: Generate, vocabulary: int) -> dict[str, float]:
+def random_prompts(vocabulary: int, batch: int, length: int) -> list[list[int]]:
+    return torch.randint(3, vocabulary, (batch, length)).tolist()  # type: ignore[no-any-return]
+
+
+def tokens_per_second(worker: Worker, vocabulary: int) -> dict[str, float]:
     """One sample of every metric."""
 
     def seconds(batch: int, length: int, new: int) -> float:
-        prompts = [torch.randint(3, vocabulary, (length,)).tolist() for _ in range(batch)]
-        started = time.perf_counter()
-        generate(prompts, new)
-        return time.perf_counter() - started
+        return worker.generate(random_prompts(vocabulary, batch, length), new)[0]
 
     rates = {"prefill": PREFILL / seconds(1, PREFILL, 1)}
-    for batch in (1, BATCH):
-        first = seconds(batch, PROMPT, 1)
-        rates[f"decode {batch}"] = batch * (NEW - 1) / (seconds(batch, PROMPT, NEW) - first)
+    for batch in BATCHES:
+        first, whole = seconds(batch, PROMPT, 1), seconds(batch, PROMPT, NEW)
+        rates[f"decode {batch}"] = batch * (NEW - 1) / (whole - first)
+    rates[END_TO_END] = BATCHES[-1] * NEW / whole
     return rates
 
 
@@ -89,75 +142,143 @@ def ceilings() -> tuple[float, float]:
     return size / timings["read"].seconds, width**3 / timings["multiply"].seconds
 
 
-def run(name: str, awq: str, bf16: str, rounds: int) -> dict[str, Any]:
-    """Measure one model and print its table."""
-    ours, llm = relinear(awq)
-    dense, dense_llm = relinear(bf16)
-    apart, _ = relinear(awq, fuse=False, native=False)
-    peers = {"relinear awq": ours, "relinear awq, apart": apart, "relinear bf16": dense}
-    peers["transformers bf16"] = transformers(bf16)
-    if find_spec("gptqmodel"):
-        peers["transformers awq"] = transformers(awq)
-    plan = llm.engine.loaded.plan
-    vocabulary = llm.engine.vocabulary
-    samples: dict[str, list[dict[str, float]]] = {peer: [] for peer in peers}
-    for generate in peers.values():
-        for batch, length in ((1, PREFILL), (BATCH, PROMPT)):
-            generate(torch.randint(3, vocabulary, (batch, length)).tolist(), 4)
-    bandwidth, multiply = ceilings()
-    for _ in range(rounds):
-        for peer, generate in peers.items():
-            samples[peer].append(tokens_per_second(generate, vocabulary))
-    rates = {
-        peer: {metric: statistics.median(sample[metric] for sample in taken) for metric in METRICS}
-        for peer, taken in samples.items()
+def folders(model: str, scratch: Path) -> dict[str, Path]:
+    """The checkpoint of each kind."""
+    if model == "demo":
+        bundled = {"awq": locate("demo"), "bf16": locate("demo-bf16")}
+        return {kind: Path(shutil.copytree(path, scratch / kind)) for kind, path in bundled.items()}
+    return {
+        kind: random_llama.write(random_llama.SHAPES[model], scratch / kind, quantized=kind == "awq")
+        for kind in ("awq", "bf16")
     }
-    linear = sum(module.shape.in_features * module.shape.out_features for module in plan.modules.values())
-    weights = {"relinear awq": step_bytes(llm), "relinear bf16": step_bytes(dense_llm)}
-    weights["transformers bf16"] = weights["relinear bf16"]
-    weights["relinear awq, apart"] = weights["transformers awq"] = weights["relinear awq"]
-    print(
-        f"\n{name}: {linear / 1e6:.0f} M weights in linears; "
-        f"read {bandwidth / 1e9:.1f} GB/s, bf16 {2 * multiply / 1e12:.2f} TFLOP/s"
-    )
-    print(f"{'tokens/s (x transformers, of bound)':<36}" + "".join(f"{metric:>26}" for metric in METRICS))
-    result: dict[str, Any] = {"bandwidth": bandwidth, "multiply_adds": multiply, "peers": {}}
-    for peer, found in rates.items():
-        bound = {"prefill": multiply / linear, "decode 1": bandwidth / weights[peer]}
-        bound["decode 8"] = BATCH * bound["decode 1"]
-        ratio = {metric: found[metric] / rates["transformers bf16"][metric] for metric in METRICS}
-        cells = (f"{found[m]:8.1f} ({ratio[m]:4.2f}x, {100 * found[m] / bound[m]:3.0f} %)" for m in METRICS)
-        print(f"{peer:<36}" + "".join(f"{cell:>26}" for cell in cells))
-        result["peers"][peer] = {"rates": found, "ratios": ratio, "bounds": bound, "step_bytes": weights[peer]}
+
+
+def available(peers: Sequence[str], pythons: dict[str, str]) -> list[str]:
+    """Those whose package is installed; the others are named."""
+    found = []
+    for name in peers:
+        peer = PEERS[name]
+        python = pythons.get(peer.package, sys.executable)
+        find = f"import sys; from importlib.util import find_spec; sys.exit(find_spec({peer.package!r}) is None)"
+        if subprocess.run([python, "-c", find], cwd=ROOT, check=False).returncode:
+            print(f"{name} is left out, {peer.package} is not installed: {peer.install}", file=sys.stderr)
+        else:
+            found.append(name)
+    return found
+
+
+def gaps(kind: str, folder: Path, answers: dict[str, tuple[list[list[int]], list[list[int]]]]) -> dict[str, float]:
+    """By how many nats an answer's tokens are less likely than the likeliest (:func:`largest_gap`), of each peer."""
+    model = plain_model(folder, kind == "awq")
+    found = {
+        peer: max(largest_gap(model, *pair) for pair in zip(*asked, strict=True))
+        for peer, asked in answers.items()
+        if PEERS[peer].checkpoint == kind
+    }
+    del model
+    gc.collect()
+    return found
+
+
+def run(model: str, peers: Sequence[str], pythons: dict[str, str], rounds: int, scratch: Path) -> dict[str, Any]:
+    """Measure one model and print its table."""
+    paths = folders(model, scratch)
+    vocabulary = json.loads((paths["bf16"] / "config.json").read_text())["vocab_size"]
+    samples: dict[str, list[dict[str, float]]] = {name: [] for name in peers}
+    answers, rates = {}, []
+    with ExitStack() as stack:
+        workers: dict[str, Worker] = {}
+        for name in peers:
+            try:
+                worker = stack.enter_context(Worker(name, paths, pythons))
+                for batch, length in ((1, PREFILL), (BATCHES[-1], PROMPT)):
+                    prompts = random_prompts(vocabulary, batch, length)
+                    answers[name] = prompts, worker.generate(prompts, 4)[1]
+            except PeerFailed as error:
+                if PEERS[name].package == OURS:
+                    raise
+                print(f"{model}: {name} is left out: {error}", file=sys.stderr)
+                continue
+            workers[name] = worker
+            print(f"{model}: {name} is ready", file=sys.stderr)
+        for number in range(rounds):
+            rates.append(ceilings())
+            for name, worker in workers.items():
+                samples[name].append(tokens_per_second(worker, vocabulary))
+            print(f"{model}: round {number + 1} of {rounds} is done", file=sys.stderr)
+    bandwidth, multiply = (statistics.median(column) for column in zip(*rates, strict=True))
+    found = {name: gap for kind in ("awq", "bf16") for name, gap in gaps(kind, paths[kind], answers).items()}
+    wrong = {name: gap for name, gap in found.items() if not gap <= TIE}
+    for name, gap in wrong.items():
+        print(f"{model}: {name} is WRONG: answers are off by {gap:.2f} nats")
+    linear = linear_weights(paths["bf16"])
+    nbytes = {name: step_bytes(workers, PEERS[name].checkpoint, linear) for name in peers}
+    rows = {
+        name: {
+            "rates": {metric: statistics.median(sample[metric] for sample in samples[name]) for metric in METRICS},
+            "bounds": {"prefill": multiply / linear}
+            | {f"decode {batch}": batch * bandwidth / nbytes[name] for batch in BATCHES},
+            "step_bytes": nbytes[name],
+            "load": worker.loaded["load"],
+            "peak": worker.peak,
+        }
+        for name, worker in workers.items()
+        if name not in wrong
+    }
+    result = {"bandwidth": bandwidth, "multiply_adds": multiply, "weights": linear, "wrong": wrong, "peers": rows}
+    print_table(model, result)
     return result
 
 
-def step_bytes(llm: LLM) -> int:
-    """Bytes of weights that one decoding step reads: all linears, a tied head as the embedding it shares."""
-    plan = llm.engine.loaded.plan
-    dense = plan.dtype.itemsize
-    return sum(m.nbytes or m.shape.in_features * m.shape.out_features * dense for m in plan.modules.values())
+def linear_weights(bf16: Path) -> int:
+    """Weights that multiply: all but the norms. The embedding is the head's as well."""
+    stored = sum(file.stat().st_size for file in bf16.glob("*.safetensors"))
+    return stored // torch.bfloat16.itemsize
 
 
-def main() -> None:
+def step_bytes(workers: dict[str, Worker], checkpoint: str, linear: int) -> int:
+    """Bytes of weights that one decoding step reads: as a peer with the same checkpoint tells, or all in bf16."""
+    told = (worker.loaded["step_bytes"] for name, worker in workers.items() if PEERS[name].checkpoint == checkpoint)
+    return next((nbytes for nbytes in told if nbytes), linear * torch.bfloat16.itemsize)
+
+
+def print_table(model: str, result: dict[str, Any]) -> None:
+    print(
+        f"\n{model}: {result['weights'] / 1e6:.0f} M weights; read {result['bandwidth'] / 1e9:.1f} GB/s, "
+        f"bf16 {2 * result['multiply_adds'] / 1e12:.2f} TFLOP/s"
+    )
+    print(
+        f"{'tokens/s (x ' + BASELINE + ', of bound)':<40}" + "".join(f"{m:>24}" for m in SHOWN) + "    load s  peak GiB"
+    )
+    baseline = result["peers"].get(BASELINE, {}).get("rates", {})
+    for name, row in result["peers"].items():
+        cells = []
+        for metric in SHOWN:
+            rate, bound = row["rates"][metric], row["bounds"].get(metric)
+            notes = [f"{rate / baseline[metric]:.2f}x"] if baseline else []
+            notes += [f"{rate / bound:3.0%}"] if bound else []
+            cells.append(f"{rate:.1f} ({', '.join(notes)})")
+        print(
+            f"{name:<40}" + "".join(f"{cell:>24}" for cell in cells) + f"{row['load']:10.1f}{row['peak'] / 2**30:10.2f}"
+        )
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=("demo", *SHAPES), default=["demo", *SHAPES])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--models", nargs="+", choices=("demo", *random_llama.SHAPES), default=["demo", "135m", "1b"])
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), metavar="NAME", help=", ".join(PEERS))
+    parser.add_argument("--python", nargs="+", default=[], metavar="PACKAGE=PYTHON", help="who has which package")
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
+    pythons = dict(entry.split("=", 1) for entry in arguments.python)
+    peers = available(arguments.peers, pythons)
     results = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        for name in arguments.models:
-            if name == "demo":
-                results[name] = run(name, "demo", str(locate("demo-bf16")), arguments.rounds)
-            else:
-                folders = [
-                    str(random_llama.write(SHAPES[name], Path(scratch) / name / kind, quantized=kind == "awq"))
-                    for kind in ("awq", "bf16")
-                ]
-                results[name] = run(name, *folders, arguments.rounds)
-            gc.collect()
+    for name in arguments.models:
+        with tempfile.TemporaryDirectory() as scratch:
+            results[name] = run(name, peers, pythons, arguments.rounds, Path(scratch))
     print_json("engine", models=results)
+    return 1 if any(result["wrong"] for result in results.values()) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

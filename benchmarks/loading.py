@@ -33,9 +33,6 @@ from benchmarks import random_llama
 from benchmarks.timing import print_json
 from runtime.peak import measure_peak, peak_rss
 
-TINY = random_llama.Shape(hidden=256, intermediate=512, layers=2, heads=4, kv_heads=2, vocabulary=1024)
-SHAPES = {"1b": random_llama.LLAMA_1B, "tiny": TINY}
-
 
 def relinear(path: str) -> Callable[[], nn.Module]:
     from runtime import load_model
@@ -144,7 +141,7 @@ def run_case(name: str, path: Path, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="1b")
+    parser.add_argument("--shape", choices=random_llama.SHAPES, default="1b")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--child", nargs=2, metavar=("LOADER", "PATH"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -154,7 +151,9 @@ def main() -> None:
     results = {}
     for name in CASES:
         with tempfile.TemporaryDirectory() as folder:
-            path = random_llama.write(SHAPES[arguments.shape], Path(folder) / name, quantized=name == "awq")
+            path = random_llama.write(
+                random_llama.SHAPES[arguments.shape], Path(folder) / name, quantized=name == "awq"
+            )
             results[name] = run_case(name, path, arguments.rounds)
     print_json("loading", shape=arguments.shape, rounds=arguments.rounds, results=results)
 

@@ -55,6 +55,9 @@ LLAMA_135M = Shape(hidden=576, intermediate=1536, layers=30, heads=9, kv_heads=3
 """SmolLM2-135M."""
 LLAMA_8B = Shape(hidden=4096, intermediate=14336, layers=32, heads=32, kv_heads=8, vocabulary=128256)
 """Llama-3.1-8B, but for its tied embeddings."""
+TINY = Shape(hidden=256, intermediate=512, layers=2, heads=4, kv_heads=2, vocabulary=1024)
+SHAPES = {"1b": LLAMA_1B, "135m": LLAMA_135M, "tiny": TINY}
+"""By the name that a command line gives them; "tiny" shows that a benchmark runs."""
 
 
 def write(shape: Shape, folder: Path, *, quantized: bool, device: str = "cpu") -> Path:

@@ -16,37 +16,27 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import signal
-import socket
 import statistics
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import psutil
-from transformers.utils.import_utils import is_serve_available
 
 from benchmarks import serve_models
-from benchmarks.serve_check import TIE, largest_gap, plain_model, say
-from benchmarks.serve_models import random_prompts, text_of
+from benchmarks.answers import TIE, largest_gap, plain_model
+from benchmarks.serve_models import random_prompts, tokens_of
+from benchmarks.serve_systems import BLOCK, PEER, Run, Server, System, commands, offline, served
 from benchmarks.timing import print_json
-from runtime import LLM, SamplingParams
-from runtime.bench import serving_summary
-from runtime.bench_client import Target, run_load
+from runtime import LLM
 from runtime.bench_figure import comparison_figure
 
-PEER, OFFLINE = "transformers serve bf16", "relinear offline awq"
-START_SECONDS = 180.0
-BLOCK = 16
+OFFLINE = "relinear offline awq"
 MOST_FOREIGN = 0.05
 """Of the processors' time, taken by others: more than that and a number is marked."""
 
@@ -69,106 +59,10 @@ PLANS = {
     "tiny": Plan(8, 8, {1: 1, 8: 1, 32: 1}, checked=32, rounds=1),
 }
 
-Load = list[tuple[list[int], int]]
 
-
-class Server:
-    """A server in a process of its own, ready when this returns."""
-
-    def __init__(self, command: Sequence[str], port: int):
-        self.url = f"http://127.0.0.1:{port}"
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the server
-        self.process = psutil.Popen(command, stdout=self.log, stderr=self.log)
-        deadline = time.monotonic() + START_SECONDS
-        while not self._healthy():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                self.log.seek(0)
-                raise RuntimeError(f"{' '.join(command)} did not start:\n{self.log.read()[-4000:]}")
-            time.sleep(0.2)
-
-    def _healthy(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
-                return bool(answer.status == 200)
-        except (urllib.error.URLError, OSError):
-            return False
-
-    def __enter__(self) -> Server:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(20)
-        except psutil.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.log.close()
-
-
-@dataclass
-class Run:
-    """What one system did with one load: the summary of ``bench serving``, and the answers' texts (none offline)."""
-
-    prompts: list[list[int]]
-    result: dict[str, Any]
-    texts: list[str] = field(default_factory=list)
-
-
-Run_ = Callable[[Load, int], Run]
-
-
-def served(server: Server, load: Load, concurrency: int) -> Run:
-    target = Target(server.url, "vllm", ignore_eos=False)
-    answers, seconds = run_load([(text_of(prompt), new) for prompt, new in load], target, concurrency=concurrency)
-    for answer, (_, new) in zip(answers, load, strict=True):
-        if answer.error or answer.tokens != new:
-            raise RuntimeError(f"{server.url}: {answer.error or f'{answer.tokens} tokens, not {new}'}")
-    return Run([prompt for prompt, _ in load], serving_summary(answers, seconds), [answer.text for answer in answers])
-
-
-def offline(llm: LLM, load: Load, concurrency: int) -> Run:
-    """As many at a time as the client asks for: answers of one length end together, so a wave follows a wave."""
-    started = time.perf_counter()
-    for first in range(0, len(load), concurrency):
-        wave = load[first : first + concurrency]
-        params = [SamplingParams(temperature=0, max_tokens=new, ignore_eos=True) for _, new in wave]
-        llm.generate([prompt for prompt, _ in wave], params)
-    seconds = time.perf_counter() - started
-    tokens = sum(new for _, new in load)
-    result = {"completed": len(load), "duration_s": seconds, "output_throughput": tokens / seconds}
-    return Run([prompt for prompt, _ in load], result)
-
-
-def commands(folders: dict[str, Path], tokens: int, most: int) -> dict[str, tuple[int, list[str]]]:
-    """Of every server: its port and how it is started, with room for ``tokens`` tokens of ``most`` sequences."""
-    found = {}
-    for kind in ("awq", "bf16"):
-        port = free_port()
-        arguments = f"serve --port {port} --max-total-tokens {tokens} --max-running-requests {most}".split()
-        found[f"relinear serve {kind}"] = (
-            port,
-            [sys.executable, "-m", "runtime", *arguments, "--model-path", str(folders[kind])],
-        )
-    if is_serve_available():
-        port = free_port()
-        arguments = f"--continuous-batching --device cpu --dtype bfloat16 --host 127.0.0.1 --port {port}".split()
-        arguments += f"--cb-block-size {BLOCK} --cb-num-blocks {tokens // BLOCK} --cb-max-batch-tokens 2048".split()
-        start = "from transformers.cli.transformers import main; main()"
-        found[PEER] = (port, [sys.executable, "-c", start, "serve", str(folders["bf16"]), *arguments])
-    else:
-        say(f"{PEER}: not installed; pip install 'transformers[serving]'")
-    return found
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
-def measure(plan: Plan, systems: dict[str, Run_], vocabulary: int, rounds: int, every: Sequence[int]) -> dict[Any, Any]:
+def measure(
+    plan: Plan, systems: dict[str, System], vocabulary: int, rounds: int, every: Sequence[int]
+) -> dict[Any, Any]:
     """``{concurrency: {system: [Run of each round]}}``; a warm-up of each goes before."""
     runs: dict[int, dict[str, list[Run]]] = {at_a_time: {name: [] for name in systems} for at_a_time in every}
     for number in range(rounds + 1):
@@ -185,6 +79,10 @@ def measure(plan: Plan, systems: dict[str, Run_], vocabulary: int, rounds: int, 
                     runs[at_a_time][name].append(run)
         say(f"round {number} of {rounds} is done" if number else "warm")
     return runs
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
 def processor_seconds() -> float:
@@ -209,7 +107,7 @@ def gaps(folders: dict[str, Path], runs: dict[Any, Any], checked: int) -> dict[t
             for name, repeated in systems.items():
                 if name.endswith(kind) and repeated[-1].texts:
                     last = repeated[-1]
-                    pairs = list(zip(last.prompts, last.texts, strict=True))[:checked]
+                    pairs = list(zip(last.prompts, map(tokens_of, last.texts), strict=True))[:checked]
                     found[at_a_time, name] = max(largest_gap(model, *pair) for pair in pairs)
         del model
         gc.collect()
@@ -279,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folders = {kind: serve_models.write(arguments.shape, Path(scratch) / kind, kind) for kind in serve_models.KINDS}
         vocabulary = json.loads((folders["awq"] / "config.json").read_text())["vocab_size"]
         with ExitStack() as stack:
-            systems: dict[str, Run_] = {}
+            systems: dict[str, System] = {}
             for name, (port, command) in commands(folders, tokens, most).items():
                 say(f"starting {name}")
                 systems[name] = partial(served, stack.enter_context(Server(command, port)))

@@ -20,8 +20,6 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks import random_llama
 from runtime.checkpoint import locate
 
-TINY = random_llama.Shape(hidden=256, intermediate=512, layers=2, heads=4, kv_heads=2, vocabulary=1024)
-SHAPES = {"1b": random_llama.LLAMA_1B, "tiny": TINY}
 KINDS = {"awq": "demo", "bf16": "demo-bf16"}
 """Kinds of checkpoint, and the bundled model of each."""
 ENDS = ("eos_token_id", "bos_token_id", "pad_token_id")
@@ -32,7 +30,7 @@ def write(name: str, folder: Path, kind: str) -> Path:
     if name == "demo":
         shutil.copytree(locate(KINDS[kind]), folder, ignore=shutil.ignore_patterns("tokenizer*", "generation_config*"))
     else:
-        random_llama.write(SHAPES[name], folder, quantized=kind == "awq")
+        random_llama.write(random_llama.SHAPES[name], folder, quantized=kind == "awq")
     file = folder / "config.json"
     config = json.loads(file.read_text()) | dict.fromkeys(ENDS)
     file.write_text(json.dumps(config))
@@ -51,7 +49,10 @@ def text_of(tokens: Sequence[int]) -> str:
 
 
 def tokens_of(text: str) -> list[int]:
-    return [int(part.removeprefix("w")) for part in text.split()]
+    """The tokens of a text; none if it has a word that is not a token's."""
+    words = text.split()
+    known = all(word.startswith("w") and word[1:].isdigit() for word in words)
+    return [int(word[1:]) for word in words] if known else []
 
 
 def random_prompts(count: int, length: int, vocabulary: int, seed: int) -> list[list[int]]:

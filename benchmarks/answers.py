@@ -1,8 +1,7 @@
-"""Are served answers the model's own greedy ones? Asked of plain Transformers, without engine, cache or server."""
+"""Are answers the model's own greedy ones? Asked of plain Transformers, without engine, cache or server."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.serve_models import tokens_of
 from runtime import load_model
 
 TIE = 0.5
@@ -28,20 +26,12 @@ def plain_model(path: Path, quantized: bool) -> Any:
 
 
 @torch.inference_mode()
-def largest_gap(model: Any, prompt: Sequence[int], answer: str) -> float:
+def largest_gap(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> float:
     """Nats between the likeliest token and the one that was answered, where that is largest; infinite where an answer has
     no tokens of the model."""
-    try:
-        tokens = tokens_of(answer)
-    except ValueError:
+    if not answer or max(answer) >= model.config.vocab_size:
         return float("inf")
-    if not tokens or max(tokens) >= model.config.vocab_size:
-        return float("inf")
-    ids = torch.tensor([[*prompt, *tokens]])
-    logits = model(ids, use_cache=False, logits_to_keep=len(tokens) + 1).logits[0, :-1].float()
-    chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    ids = torch.tensor([[*prompt, *answer]])
+    logits = model(ids, use_cache=False, logits_to_keep=len(answer) + 1).logits[0, :-1].float()
+    chosen = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
     return (logits.amax(-1) - chosen).max().item()
-
-
-def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
