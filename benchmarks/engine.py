@@ -2,7 +2,7 @@
 
     python -m benchmarks.engine [--models demo 1b 135m] [--rounds 3] [--peers NAME ...] [--python PACKAGE=PYTHON ...]
 
-Peers (``benchmarks.engine_peers``) take turns, each in a process of its own that sleeps while the others run: relinear with
+Peers (``benchmarks.engine_peers``) take turns, each in a process of its own that is stopped while the others run: relinear with
 the AWQ checkpoint, as it is and with every layer by itself (--no-fuse --no-native), relinear with the bf16 one, Transformers
 with both, llama.cpp with its own 4-bit file, vLLM with both. A peer that is not installed is named with the line that installs
 it; ``--python vllm=.../bin/python`` names the Python of an environment that has it.
@@ -22,6 +22,7 @@ import gc
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -99,7 +100,9 @@ class Worker:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps({"prompts": prompts, "new": new}) + "\n")
         self.process.stdin.flush()
+        self.process.send_signal(signal.SIGCONT)
         answer = self._answer()
+        self.process.send_signal(signal.SIGSTOP)  # some poll while they wait
         if [len(row) for row in answer["tokens"]] != [new] * len(prompts):
             raise PeerFailed(f"it gave {[len(row) for row in answer['tokens']]} tokens, not {new} each")
         self.peak = answer["peak"]
