@@ -77,7 +77,8 @@ def assemble(config: EngineConfig) -> Parts:
     vocabulary = int(cast(Any, loaded.model).get_input_embeddings().num_embeddings)
     capture = choose_capture(config, plan.device, selection.backend, bool(mixers))
     captures = not isinstance(capture, str)
-    graph_bytes = reserved_bytes(batch_sizes(config.max_num_seqs), vocabulary) if captures else 0
+    on_device = captures and plan.device.type != "cpu"
+    graph_bytes = reserved_bytes(batch_sizes(config.max_num_seqs), vocabulary) if on_device else 0
     size = size_cache(
         config, token_bytes, context, plan.device, state_bytes, graph_bytes, layout.reaches, longest_chunk
     )

@@ -26,9 +26,9 @@ class EngineConfig:
     ``kv_cache_dtype`` is ``auto`` (FP8 if the checkpoint asks for it, else the model's), ``bf16``, ``fp16``, ``fp32``,
     ``fp8_e4m3`` or ``int8``. ``max_queued_requests`` may wait for that, at most ``queue_timeout`` seconds, and must
     be done after ``request_timeout`` (``None``: no limit). ``skip_tokenizer_init`` takes and gives token ids only.
-    ``disable_cuda_graph`` launches the kernels of every decoding step one by one; ``fuse`` false multiplies every
+    ``disable_cuda_graph`` lets Python make every call of every decoding step, on a CPU too; ``fuse`` false multiplies every
     linear layer by itself, also those that are given the same input and of one kind (queries, keys and values; gate and up).
-    ``native`` false leaves everything but quantized layers and attention to torch.
+    ``native`` false leaves everything but quantized layers and attention to torch and Python.
     """
 
     model: str

@@ -1,4 +1,5 @@
-"""Decoding steps as CUDA graphs: what Python and launches would cost at every step is paid once, when the engine starts.
+"""Decoding steps as CUDA graphs: what Python and launches would cost at every step is paid once, when the engine starts. On a
+CPU as a list of calls (:mod:`runtime.replay`): what Python would cost is paid the first time.
 
 A step whose chunks all have one token differs from the next only in numbers. So they are written to tensors that stay where
 they are, and the forward that reads them is captured once for each of a few batch sizes. A step takes the next larger
@@ -9,8 +10,8 @@ size; its rows that are left over compute a token of no sequence, in a *scratch 
                             slots     57  18  80 | 96    = scratch * block_size; a row for each group of layers
     [:, :size] of tables            3  1  5 |  6         first blocks; a row is as wide as the longest sequence
 
-What captures is handed in: on a CUDA device :class:`CudaCapture`; anything that returns the function it is given runs the
-same steps without a graph, on any device.
+What captures is handed in: on a CUDA device :class:`CudaCapture`, on a CPU a :class:`StepRecorder`; anything that returns the
+function it is given runs the same steps without a graph, on any device.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from attention.base import AttentionBackend, AttentionBatch
 from runtime.config import EngineConfig
+from runtime.replay import CannotReplay, StepRecorder
 from runtime.scheduler import Plan
 
 if TYPE_CHECKING:
@@ -35,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 LARGEST_BATCH = 256
 STEP = 8
+LARGEST_RECORDED = 16
+"""Sequences of a step on a CPU beyond which the time of Python is a small part."""
 RESERVED = 256 << 20
 """Bytes for the intermediates of a step and the workspaces of libraries: what the graphs share."""
 RESERVED_PER_GRAPH = 16 << 20
@@ -105,14 +109,16 @@ def choose_capture(
     config: EngineConfig, device: torch.device, backend: AttentionBackend, recurrent: bool
 ) -> Capture | str:
     """What captures the decoding steps of a model, or why nothing does."""
-    if device.type != "cuda":
-        return f"they need a CUDA device, not {device.type}"
+    if device.type not in ("cuda", "cpu"):
+        return f"they need a CUDA device or a CPU, not {device.type}"
     if config.disable_cuda_graph:
         return "disabled by --disable-cuda-graph"
-    if not backend.capturable:
-        return f"{backend.name} attention asks the device for lengths"
     if recurrent:
         return "which states a recurrent layer reads is decided on the host"
+    if device.type == "cpu":
+        return StepRecorder() if config.native else "disabled by --no-native"
+    if not backend.capturable:
+        return f"{backend.name} attention asks the device for lengths"
     return CudaCapture()
 
 
@@ -129,19 +135,28 @@ def reserved_bytes(sizes: Sequence[int], vocabulary: int) -> int:
 
 def capture_decodes(runner: Runner, capture: Capture | str, most: int, longest: int) -> str:
     """Let ``runner`` decode up to ``most`` sequences of ``longest`` tokens by graphs, if that is possible. What came of it,
-    for the report; without a CUDA device, nothing."""
+    for the report."""
     if runner.factors is not None and not isinstance(capture, str):
         capture = "which rotary factors a sequence takes is decided on the host"
     if isinstance(capture, str):
-        return "" if runner.device.type == "cpu" else f"none: {capture}"
-    sizes, started = batch_sizes(most), time.perf_counter()
+        return f"none: {capture}"
+    recorder = capture if isinstance(capture, StepRecorder) else None
+    sizes = list(range(1, min(most, LARGEST_RECORDED) + 1)) if recorder else batch_sizes(most)
+    started = time.perf_counter()
     try:
         runner.capture(capture, sizes, longest)
+    except CannotReplay as error:
+        runner.graphs = None
+        return f"none, in a decoding step {error}"
     except Exception as error:  # whatever a model does that no graph can hold; it still runs without
         logger.warning("decoding steps cannot be captured", exc_info=error)
         reason = (str(error).splitlines() or [""])[0][:200]
         return f"none, a decoding step cannot be captured: {type(error).__name__}: {reason}"
     seconds = time.perf_counter() - started
+    if recorder:
+        return (
+            f"decoding steps of up to {sizes[-1]} sequences, recorded when the first of a size comes and replayed then"
+        )
     return f"decoding steps of {', '.join(map(str, sizes))} sequences, captured in {seconds:.1f} s"
 
 
@@ -177,6 +192,7 @@ class DecodeGraphs:
         for size in reversed(self.sizes):
             self._write([], size)
             self._steps[size] = capture(self._step(forward, size))
+        self._steps[self.sizes[0]]()  # what fails only when it runs fails now
 
     def _step(self, forward: Forward, size: int) -> Step:
         ids, positions, *slots = self._inputs[: self._rows_of_inputs * size].view(-1, size)

@@ -122,7 +122,7 @@ def engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--enable-prefix-caching", action="store_true", help="the default")
     group.add_argument(
         "--disable-cuda-graph", "--enforce-eager", dest="disable_cuda_graph", action="store_true",
-        help="launch the kernels of a decoding step one by one",
+        help="let Python make every call of every decoding step (default: CUDA graphs, on a CPU recorded calls)",
     )  # fmt: skip
     group.add_argument(
         "--no-fuse", dest="fuse", action="store_false",
@@ -130,7 +130,7 @@ def engine_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--no-native", dest="native", action="store_false",
-        help="on a CPU: leave everything but quantized layers and attention to torch",
+        help="leave everything but quantized layers and attention to torch, and on a CPU to Python",
     )  # fmt: skip
 
 

@@ -45,7 +45,7 @@ def engine_report(
     graphs: str,
     settled: Sequence[tuple[str, str]] = (),
 ) -> str:
-    """The load report, with attention, the KV cache, what is said of CUDA graphs (on a CPU nothing), and what was ``settled``
+    """The load report, with attention, the KV cache, what is said of graphs, and what was ``settled``
     after loading."""
     bounded = sum(reach.bounded for reach in layout.reaches)
     windows = f"; {bounded} of {size.groups} groups of layers free the blocks behind their window" if bounded else ""
@@ -58,7 +58,7 @@ def engine_report(
             f"{size.blocks} blocks of {size.block_size}) in {stored_as}; room for "
             f"{size.sequences:.1f} sequences of {max_model_len}{windows}",
         ),
-        *([("graphs", graphs)] if graphs else []),
+        ("graphs", graphs),
         *settled,
     ]
     return load_report(loaded) + "\n" + aligned(lines)

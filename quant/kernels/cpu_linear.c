@@ -244,10 +244,11 @@ int linear(int path, int threads, const Job *given) {
 }
 
 // The dense weight of `outputs`, a multiple of 32, to y [inputs][outputs], in the layer's input order.
-void dequantize(int path, int threads, const Job *given) {
+int dequantize(int path, int threads, const Job *given) {
     Job job = *given;
     job.groups = divide_up(job.inputs, job.group);
     int64_t tiles = job.outputs / TILE;
 #pragma omp parallel for num_threads(threads)
     for (int64_t i = 0; i < tiles * job.groups; i++) paths[path].dequantize(&job, i % tiles, i / tiles);
+    return 0;
 }

@@ -4,6 +4,8 @@ Nothing is linked but the C library and OpenMP, so one build serves every versio
 everything that decides what it is (sources, flags, compiler) and moved into place at once, so that any number of
 processes may build it together. The folder belongs to the user alone: what lies there is run.
 
+Every function that takes arguments returns 0, or something else if there was no memory; :data:`watcher` hears of its calls.
+
 Every source may include ``native.h``, which lies here. The attention package, which imports nothing of this one, is handed
 :func:`build` by whoever selects its backend.
 """
@@ -17,12 +19,34 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-fno-math-errno", "-Wno-psabi")
 CACHE = Path("~/.cache/relinear")
 HEADER = Path(__file__).with_name("native.h")
+
+
+watcher: ContextVar[Callable[[Callable[..., int], tuple[Any, ...]], None] | None] = ContextVar("watcher", default=None)
+"""Is handed every function that is called and its arguments, afterwards."""
+
+
+class Library(ctypes.CDLL):
+    """A compiled source."""
+
+    def __getitem__(self, name: Any) -> Any:
+        function = super().__getitem__(name)
+
+        def call(*arguments: Any) -> int:
+            result: int = function(*arguments)
+            if arguments and (watch := watcher.get()) is not None:
+                watch(function, arguments)
+            return result
+
+        return call
 
 
 class CannotBuild(Exception):
@@ -59,7 +83,7 @@ def load(source: Path, *headers: Path) -> ctypes.CDLL:
             if not library.exists():
                 break
             try:
-                return ctypes.CDLL(str(library))
+                return Library(str(library))
             except OSError as error:  # a damaged file: build it once more
                 errors = str(error)
                 library.unlink(missing_ok=True)

@@ -111,12 +111,13 @@ static const struct {
     const int64_t threads = min(most_threads, 1 + (count) * (numbers) / THREAD_WORK);     \
     (void)threads; /* without OpenMP */                                                   \
     _Pragma("omp parallel for num_threads(threads) if (threads > 1)")                     \
-    for (int64_t i = 0; i < (count); i++) paths[path].run(job, i);
+    for (int64_t i = 0; i < (count); i++) paths[path].run(job, i);                        \
+    return 0;
 
-void rms_norm(int path, int64_t most_threads, const Norm *job) { EACH(job->rows, job->size, norm) }
+int rms_norm(int path, int most_threads, const Norm *job) { EACH(job->rows, job->size, norm) }
 
-void gated(int path, int64_t most_threads, const Gate *job) { EACH(job->rows, job->size, gate) }
+int gated(int path, int most_threads, const Gate *job) { EACH(job->rows, job->size, gate) }
 
-void rotate(int path, int64_t most_threads, const Rotary *job) {
+int rotate(int path, int most_threads, const Rotary *job) {
     EACH(job->tokens, (job->q.heads + job->k.heads) * 2 * job->half, rotary)
 }

@@ -110,7 +110,4 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, path: int | None = No
 def _library() -> ctypes.CDLL:
     found = library()
     assert not isinstance(found, str), found
-    for name in ("rms_norm", "gated", "rotate"):
-        getattr(found, name).argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_void_p)
-        getattr(found, name).restype = None
     return found

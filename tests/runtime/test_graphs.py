@@ -10,9 +10,10 @@ import torch
 
 from attention.cpu import CpuBackend
 from attention.paged import PagedBackend
-from runtime import LLM, SamplingParams, engine
+from runtime import LLM, SamplingParams, assembly
 from runtime.config import EngineConfig
-from runtime.graphs import DecodeGraphs, Step, batch_sizes, choose_capture, reserved_bytes
+from runtime.graphs import CudaCapture, DecodeGraphs, Step, batch_sizes, choose_capture, reserved_bytes
+from runtime.replay import StepRecorder
 from tests.awq_writer import write_awq
 from tests.tiny_models import VOCABULARY, tiny_model
 
@@ -52,7 +53,7 @@ class Counting:
 @pytest.fixture
 def capture_by(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
     """Sets what engines of this test capture with, or why they do not."""
-    return lambda capture: monkeypatch.setattr(engine, "choose_capture", lambda *_: capture)
+    return lambda capture: monkeypatch.setattr(assembly, "choose_capture", lambda *_: capture)
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt_oss", "gemma2"])  # the last two: windows of 4 tokens, sinks
@@ -82,7 +83,7 @@ def tokens_of(llm: LLM, params: SamplingParams = GREEDY) -> list[list[int]]:
 def test_greedy_tokens_are_those_without_graphs(checkpoint: str, capture_by: Callable[[Any], None]) -> None:
     """Across the borders of blocks of 4 tokens, past windows, with rows to spare, with sequences that start again; and a
     second time from cached prefixes."""
-    wanted = tokens_of(load(checkpoint))
+    wanted = tokens_of(load(checkpoint, disable_cuda_graph=True))
     for name, options in LOADS.items():
         counting = Counting()
         capture_by(counting)
@@ -106,7 +107,7 @@ def test_samples_scores_and_penalties_are_those_without_graphs(llama: str, captu
         GREEDY,
         SamplingParams(temperature=1.2, seed=5, top_k=7, max_tokens=11, ignore_eos=True),
     ]
-    wanted = load(llama, max_num_batched_tokens=6).generate(PROMPTS, params)
+    wanted = load(llama, max_num_batched_tokens=6, disable_cuda_graph=True).generate(PROMPTS, params)
     capture_by(run_again)
     found = load(llama, max_num_batched_tokens=6).generate(PROMPTS, params)
     for left, right in zip(wanted, found, strict=True):
@@ -118,7 +119,7 @@ def test_samples_scores_and_penalties_are_those_without_graphs(llama: str, captu
 def test_rows_to_spare_write_to_nobodys_block(llama: str, capture_by: Callable[[Any], None]) -> None:
     """Every page but the scratch block holds, bit for bit, what it held: the whole pool is in use, by 3 of 4 rows."""
     caches = []
-    for capture in ("without", run_again):
+    for capture in ("nothing captures", run_again):
         capture_by(capture)
         llm = load(llama, max_total_tokens=36, max_num_seqs=4, startup_check=False, enable_prefix_caching=False)
         cache = llm.engine.runner.cache
@@ -136,7 +137,7 @@ def test_rows_to_spare_write_to_nobodys_block(llama: str, capture_by: Callable[[
 
 
 def test_an_aborted_neighbour_changes_nothing(llama: str, capture_by: Callable[[Any], None]) -> None:
-    wanted = tokens_of(load(llama))
+    wanted = tokens_of(load(llama, disable_cuda_graph=True))
     capture_by(run_again)
     core = load(llama, max_num_seqs=8).engine
     uids = [core.add(prompt, GREEDY) for prompt in PROMPTS]
@@ -165,7 +166,7 @@ def test_a_step_that_computes_nan_fails_only_whose_it_is(
 
         return run
 
-    wanted = tokens_of(load(llama))
+    wanted = tokens_of(load(llama, disable_cuda_graph=True))
     capture_by(spoiled)
     llm = load(llama, max_num_seqs=8, startup_check=False)
     uids = [llm.engine.add(prompt, GREEDY) for prompt in PROMPTS[:2]]
@@ -183,7 +184,7 @@ def test_what_cannot_be_captured_runs_without(llama: str, capture_by: Callable[[
         step()
         raise RuntimeError("called a synchronizing CUDA operation\nand more")
 
-    wanted = tokens_of(load(llama))
+    wanted = tokens_of(load(llama, disable_cuda_graph=True))
     capture_by(refuse)
     llm = load(llama)
     assert llm.engine.runner.graphs is None
@@ -193,7 +194,7 @@ def test_what_cannot_be_captured_runs_without(llama: str, capture_by: Callable[[
 
 
 def test_the_report_names_the_sizes(llama: str, capture_by: Callable[[Any], None]) -> None:
-    assert "graphs" not in load(llama).engine.report
+    assert "steps of up to 11 sequences, recorded" in load(llama, max_num_seqs=11).engine.report
     capture_by(run_again)
     assert "steps of 1, 2, 4, 8, 11 sequences" in load(llama, max_num_seqs=11).engine.report
 
@@ -207,16 +208,21 @@ def test_batch_sizes_end_at_the_most_sequences(most: int, sizes: list[int]) -> N
 def test_when_nothing_is_captured() -> None:
     cuda, config = torch.device("cuda"), EngineConfig(model="x")
     paged = PagedBackend()
-    assert not isinstance(choose_capture(config, cuda, paged, False), str)
+    assert isinstance(choose_capture(config, cuda, paged, False), CudaCapture)
+    assert isinstance(choose_capture(config, CPU, CpuBackend(None), False), StepRecorder)
     eager = EngineConfig(model="x", disable_cuda_graph=True)
     reasons = [
-        choose_capture(config, CPU, paged, False),
+        choose_capture(config, torch.device("mps"), paged, False),
         choose_capture(eager, cuda, paged, False),
+        choose_capture(eager, CPU, CpuBackend(None), False),
+        choose_capture(EngineConfig(model="x", native=False), CPU, CpuBackend(None), False),
         choose_capture(config, cuda, CpuBackend(None), False),
         choose_capture(config, cuda, paged, True),
     ]
     for reason, word in zip(
-        reasons, ("CUDA device", "--disable-cuda-graph", "cpu attention", "recurrent"), strict=True
+        reasons,
+        ("not mps", "--disable-cuda-graph", "--disable-cuda-graph", "--no-native", "cpu attention", "recurrent"),
+        strict=True,
     ):
         assert isinstance(reason, str)
         assert word in reason
@@ -225,7 +231,7 @@ def test_when_nothing_is_captured() -> None:
 def test_more_sequences_than_the_largest_graph_run_without(
     llama: str, capture_by: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = tokens_of(load(llama))
+    wanted = tokens_of(load(llama, disable_cuda_graph=True))
     counting = Counting()
     capture_by(counting)
     monkeypatch.setattr("runtime.graphs.LARGEST_BATCH", 3)

@@ -14,7 +14,7 @@ from torch import nn
 from attention.hf import read_layers
 from attention.kv_cache import StaticScales
 from quant.linear import QuantLinear
-from runtime import LLM, SamplingParams, engine, inspect, load_model, verify_model
+from runtime import LLM, SamplingParams, assembly, inspect, load_model, verify_model
 from runtime.checkpoint import Checkpoint
 from runtime.config import EngineConfig
 from runtime.evaluation.scorer import Scorer
@@ -76,7 +76,7 @@ def test_verify_compares_the_projection_with_the_file(folder: str) -> None:
 
 def test_graphs_of_decoding_steps(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = tokens_of(LLM(folder, **OPTIONS))
-    monkeypatch.setattr(engine, "choose_capture", lambda *_: lambda step: step)
+    monkeypatch.setattr(assembly, "choose_capture", lambda *_: lambda step: step)
     llm = LLM(folder, **OPTIONS)
     assert llm.engine.runner.graphs is not None
     assert tokens_of(llm) == expected
