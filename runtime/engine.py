@@ -16,41 +16,20 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
 
-from attention.base import AttentionError
-from attention.hf import NAME as ATTENTION
-from attention.hf import prepare, read_layers
-from attention.kv_cache import KVCache
-from attention.layout import CacheLayout
-from attention.registry import select
-from attention.states import StateCache, bytes_per_sequence
-from quant.kernels.native import build
 from runtime import guard
 from runtime.admission import max_new_tokens
-from runtime.blocks import BlockPool
-from runtime.checkpoint import Checkpoint
+from runtime.assembly import assemble
 from runtime.config import EngineConfig
-from runtime.defaults import context_length, end_tokens, length_factors, load_tokenizer, sampling_defaults
 from runtime.detokenize import Detokenizer
-from runtime.errors import EngineDead, InvalidRequest, LoadError, Overloaded
-from runtime.fusion import plan_siblings
+from runtime.errors import EngineDead, InvalidRequest, Overloaded
 from runtime.grammar import GrammarCompiler, Matcher
-from runtime.graphs import batch_sizes, capture_decodes, choose_capture, reserved_bytes
-from runtime.kv_storage import plan_storage
-from runtime.loader import load
-from runtime.memory import size_cache
-from runtime.native import settle
-from runtime.plan import ABSORBED, make_plan
-from runtime.report import engine_report
 from runtime.request import Delta, FinishReason, Request, SamplingParams
-from runtime.runner import Runner, StepResult
+from runtime.runner import StepResult
 from runtime.sampling import generator_for
-from runtime.scheduler import Plan, Scheduler
+from runtime.scheduler import Plan
 
 logger = logging.getLogger(__name__)
-
-MAX_BATCHED_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -72,73 +51,13 @@ class Engine:
     """Loads the model of ``config`` and serves it. Raises :class:`LoadError` if that is not possible as asked."""
 
     def __init__(self, config: EngineConfig):
+        parts = assemble(config)
         self.config = config
-        checkpoint = Checkpoint.open(config.model, config.revision, code=config.trust_remote_code)
-        plan = make_plan(checkpoint, **config.loading)
-        plan.require_complete()
-        try:
-            self.layers = read_layers(plan.config, plan.trust_remote_code, plan.dtype, siblings=config.fuse)
-            specs, mixers = self.layers.attention, self.layers.mixers
-            plan = plan.dequantizing(self.layers.absorbed, ABSORBED)
-            plan = replace(plan, siblings=plan_siblings(plan, self.layers.siblings))
-            selection = select(specs, plan.device, config.attention_backend, build)
-            stored_as = plan_storage(plan, self.layers, config.kv_cache_dtype)
-        except AttentionError as error:
-            raise LoadError(f"{checkpoint.folder}: {error}") from error
-        self.tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config, checkpoint)
-        self.loaded = load(plan, ATTENTION)
-        settled = settle(self.loaded.model, plan, config.native)
-        prepare(self.loaded.model)
-        context = context_length(plan.config)
-        # A state belongs to one sequence at one token: nobody else can start from it, and some cannot be continued.
-        whole_prompts = not all(mixer.continues for mixer in mixers)
-        max_batched = config.max_num_batched_tokens or MAX_BATCHED_TOKENS
-        longest_chunk = None if whole_prompts else max_batched
-        layout = CacheLayout.of(specs, config.max_model_len or context)
-        token_bytes = KVCache.bytes_per_token(specs, stored_as.dtype, layout)
-        state_bytes = bytes_per_sequence(mixers) * config.max_num_seqs
-        self.vocabulary = int(cast(Any, self.loaded.model).get_input_embeddings().num_embeddings)
-        capture = choose_capture(config, plan.device, selection.backend, bool(mixers))
-        captures = not isinstance(capture, str)
-        graph_bytes = reserved_bytes(batch_sizes(config.max_num_seqs), self.vocabulary) if captures else 0
-        self.size = size_cache(
-            config, token_bytes, context, plan.device, state_bytes, graph_bytes, layout.reaches, longest_chunk
-        )
-        # One block more is nobody's: rows of a graph that stand for no sequence write there.
-        blocks, block_size = self.size.blocks, self.size.block_size
-        cache = KVCache(specs, blocks + captures, block_size, stored_as.dtype, plan.device, stored_as.static, layout)
-        self.max_model_len = self.size.max_model_len
-        factors = length_factors(plan.config, self.loaded.model, self.max_model_len)
-        self.end_tokens = end_tokens(self.loaded.model, self.tokenizer)
-        self.sampling_defaults = sampling_defaults(checkpoint)
+        self.loaded, self.layers, self.tokenizer = parts.loaded, parts.layers, parts.tokenizer
+        self.size, self.max_model_len, self.vocabulary = parts.size, parts.size.max_model_len, parts.vocabulary
+        self.scheduler, self.runner, self.report = parts.scheduler, parts.runner, parts.report
+        self.end_tokens, self.sampling_defaults = parts.end_tokens, parts.sampling_defaults
         self.grammars = GrammarCompiler(self.tokenizer, self.vocabulary, self.end_tokens)
-        self.scheduler = Scheduler(
-            BlockPool(
-                blocks,
-                block_size,
-                caching=config.enable_prefix_caching and not mixers,
-                reaches=layout.reaches,
-                longest_chunk=longest_chunk,
-            ),
-            max_batched,
-            config.max_num_seqs,
-            whole_prompts=whole_prompts,
-            factors=factors,
-        )
-        states = StateCache(mixers, self.scheduler.max_running, plan.device) if mixers else None
-        self.runner = Runner(self.loaded.model, specs, selection.backend, cache, states, factors)
-        graphs = capture_decodes(self.runner, capture, self.scheduler.max_running, self.max_model_len)
-        self.report = engine_report(
-            self.loaded,
-            self.layers,
-            selection,
-            self.size,
-            layout,
-            str(stored_as),
-            self.max_model_len,
-            graphs,
-            settled,
-        )
         self.steps = 0
         self._dead: Exception | None = None
         self._random = random.Random(config.seed)

@@ -153,7 +153,7 @@ def test_code_without_it_is_refused_before_loading_with_the_changes_it_needs(
     def loads(*args: object) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("runtime.engine.load", loads)
+    monkeypatch.setattr("runtime.assembly.load", loads)
     with pytest.raises(LoadError, match="ParrotForCausalLM: no layer calls the attention function") as raised:
         Engine(EngineConfig(model=str(old), trust_remote_code=True, **ENGINE))
     for change in ("(1) its attention calls ALL_ATTENTION_FUNCTIONS", "**kwargs", "(2)", "_supports_attention_backend"):
