@@ -7,6 +7,7 @@ are limited, and whatever is wrong with a grammar, before or during generation, 
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +23,8 @@ FIELD = "structured_outputs"
 MAX_CHARACTERS = 65_536
 MAX_GRAMMAR_SYMBOLS = 100_000
 MAX_LEXER_STATES = 50_000
+GBNF_RULE = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)
+"""As llama.cpp, SGLang and vLLM write rules; Lark has a colon there."""
 KINDS = ("json", "json_object", "regex", "choice", "grammar")
 
 
@@ -124,4 +127,17 @@ def _grammar(compiler: Any, kind: str, value: Any) -> str:
         return str(compiler.grammar_from_lark("start: " + " | ".join(json.dumps(item) for item in value)))
     if not isinstance(value, str):
         raise TypeError("a string is needed.")
-    return str(compiler.grammar_from_regex(text) if kind == "regex" else compiler.grammar_from_lark(text))
+    if kind == "regex":
+        return str(compiler.grammar_from_regex(text))
+    return str(compiler.grammar_from_lark(_lark(text) if GBNF_RULE.search(text) else text))
+
+
+def _lark(text: str) -> str:
+    """A GBNF grammar as a Lark one. Raises :class:`ValueError`."""
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    try:
+        # Without its empty lines: the converter takes time with the square of their number.
+        return str(any_to_lark("\n".join(line for line in text.split("\n") if line.strip())))
+    except Exception as error:  # a plain one, for some mistakes
+        raise ValueError(str(error)) from error

@@ -46,7 +46,8 @@ class SamplingParams:
     ``repetition_penalty`` divides (positive) or multiplies (negative) the logits of tokens that stand in prompt or answer;
     ``presence_penalty`` and ``frequency_penalty`` are subtracted once, or as often as the token stands in the answer.
     ``logit_bias`` maps token ids to what is added, -100 to 100. ``structured_outputs`` has one of the keys ``json`` (a
-    schema), ``json_object`` (true), ``regex``, ``choice`` (strings) and ``grammar`` (Lark): the answer conforms to it.
+    schema), ``json_object`` (true), ``regex``, ``choice`` (strings) and ``grammar`` (Lark, or
+    GBNF as llama.cpp writes it): the answer conforms to it.
     ``cache_salt`` shares cached prefixes only with requests of the same salt.
 
     Raises :class:`InvalidRequest` naming the field.

@@ -28,7 +28,8 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     params = body.params(service.defaults)
     texts = many_prompts(body.prompt, "prompt")
     service.worker.require_room(len(texts) * params.n)
-    prompts = [await service.encode(text) for text in texts]
+    special = body.add_special_tokens is not False
+    prompts = [await service.encode(text, special=special) for text in texts]
     return await _answer(request, service, TextWriter(service, body, params, prompts))
 
 
@@ -106,7 +107,7 @@ class Writer:
     def chunk(self, place: int, delta: Delta) -> list[dict[str, Any]]:
         self._count(place, delta)
         return [
-            {**self._head, "object": self.chunk_object, "choices": [choice], **self._no_usage()}
+            {**self._head, "object": self.chunk_object, "choices": [choice], **self._usage_so_far()}
             for choice in self._partial(place, delta)
         ]
 
@@ -135,7 +136,10 @@ class Writer:
     def _wants_usage(self) -> bool:
         return self.body.stream_options is not None and bool(self.body.stream_options.include_usage)
 
-    def _no_usage(self) -> dict[str, None]:
+    def _usage_so_far(self) -> dict[str, Any]:
+        """What a piece says of it: OpenAI's clients want it null before the end, vLLM's may ask for it."""
+        if self.body.stream_options is not None and self.body.stream_options.continuous_usage_stats:
+            return {"usage": self._usage()}
         return {"usage": None} if self._wants_usage() else {}
 
     def _usage(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ router = APIRouter()
 @router.post("/generate", responses=STREAMED)
 async def generate(body: GenerateRequest, request: Request) -> Response:
     service: Service = request.app.state.service
+    service.require_model(body.model)
     params = body.params(service.defaults)
     asked = body.text if body.text is not None else body.input_ids
     texts = many_prompts(asked or [], "text" if body.input_ids is None else "input_ids")
@@ -55,9 +56,21 @@ class NativeWriter:
         self._engine = service.engine
         self._tokens = service.tokens if service.engine.tokenizer is not None else None
         self._body, self._params, self._prompts, self._single = body, params, prompts, single
-        self._id = body.rid or uuid.uuid4().hex
+        self._ids = self._names(body.rid)
         self._begun = time.monotonic()
         self._sofar: dict[tuple[int, int], Delta] = {}
+
+    def _names(self, given: str | list[str] | None) -> list[str]:
+        """A name for each sample. Raises :class:`InvalidRequest`."""
+        count = len(self._prompts) * self._params.n
+        if not isinstance(given, list):
+            common = given or uuid.uuid4().hex
+            return [common] if self._single else [f"{common}-{index}" for index in range(count)]
+        if len(given) != len(self._prompts):
+            raise InvalidRequest(f"rid has {len(given)} names for {len(self._prompts)} prompts.")
+        if self._params.n == 1:
+            return given
+        return [f"{name}-{index}" for name in given for index in range(self._params.n)]
 
     def chunk(self, place: int, delta: Delta) -> list[dict[str, Any]]:
         key = (place, delta.index)
@@ -71,7 +84,7 @@ class NativeWriter:
     def row(self, place: int, delta: Delta) -> dict[str, Any]:
         index = place * self._params.n + delta.index
         meta = {
-            "id": self._id if self._single else f"{self._id}-{index}",
+            "id": self._ids[index],
             "finish_reason": finish(delta),
             "prompt_tokens": len(self._prompts[place]),
             "completion_tokens": len(delta.token_ids),

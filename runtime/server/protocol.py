@@ -7,63 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from runtime.errors import InvalidRequest
 from runtime.request import SamplingParams
+from runtime.server.foreign_fields import HARMLESS, REFUSED, refusal
 from runtime.server.tools import MAX_TOOLS, Tool, ToolUse, with_parsed_arguments
 
 MAX_PROMPTS = 256
 MAX_MESSAGES = 4096
-
-HARMLESS = frozenset(
-    {
-        "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-        "verbosity", "request_id", "log_metrics", "spaces_between_special_tokens",
-    }
-)  # fmt: skip
-"""Fields of OpenAI, SGLang and vLLM that change nothing about an answer given here."""
-
-REFUSED = {
-    "functions": "use tools",
-    "function_call": "use tool_choice",
-    "audio": "text only",
-    "modalities": "text only",
-    "prediction": "predicted outputs are not supported",
-    "reasoning_effort": "pass what the model's template knows in chat_template_kwargs",
-    "web_search_options": "this server fetches nothing",
-    "suffix": "filling in the middle is not supported",
-    "chat_template": "templates are chosen by the operator (--chat-template)",
-    "lora_path": "adapters are not supported",
-    "image_data": "text only",
-    "audio_data": "text only",
-    "video_data": "text only",
-    "input_embeds": "tensors are not accepted from requests",
-    "prompt_embeds": "tensors are not accepted from requests",
-    "custom_logit_processor": "code is not accepted from requests",
-    "custom_params": "code is not accepted from requests",
-    "token_ids_logprob": "top_logprobs_num gives the likeliest tokens",
-    "prompt_logprobs": "use echo with logprobs",
-    "truncate_prompt_tokens": "shorten the prompt",
-    "allowed_token_ids": "use logit_bias, or structured_outputs",
-    "bad_words": "use logit_bias",
-    "stop_regex": "use stop",
-    "use_beam_search": "tokens are sampled, not searched",
-    "priority": "requests are served first come, first served",
-    "return_routed_experts": "experts are not reported",
-    **{f"guided_{form}": f"use structured_outputs with {form}" for form in ("json", "regex", "choice", "grammar")},
-}
-"""Fields that would change the answer, and why they cannot be served."""
-
-EMPTY: tuple[Any, ...] = (None, [], {}, False, 0, "none", ["text"])
+RequestName = Annotated[str, Field(max_length=256)]
 
 
 def _known_fields(schema: dict[str, Any]) -> None:
     """Tell the schema what :meth:`Body.refuse_unknown` accepts."""
     schema["additionalProperties"] = False
-    schema["properties"] |= {name: {} for name in sorted(HARMLESS)}
+    schema["properties"] = {name: {} for name in sorted(HARMLESS)} | schema["properties"]
 
 
 class Body(BaseModel):
@@ -74,10 +35,10 @@ class Body(BaseModel):
     def refuse_unknown(self) -> None:
         """Raise :class:`InvalidRequest` for a field that would be ignored although it asks for something."""
         for name, value in (self.model_extra or {}).items():
-            if name in HARMLESS or (name in REFUSED and value in EMPTY):
+            if (why := refusal(name, value)) is not None:
+                raise InvalidRequest(f"{name} cannot be served: {why}.")
+            if name in HARMLESS or name in REFUSED:
                 continue
-            if name in REFUSED:
-                raise InvalidRequest(f"{name} cannot be served: {REFUSED[name]}.")
             close = get_close_matches(name, type(self).model_fields, n=1)
             hint = f" Did you mean {close[0]}?" if close else ""
             raise InvalidRequest(f"{name[:64]} is not a known field.{hint}")
@@ -122,7 +83,7 @@ class StreamOptions(BaseModel):
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None  # nothing is padded, and nobody needs it to be
-    continuous_usage_stats: Literal[False] | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class OpenAI(Sampling):
@@ -157,6 +118,7 @@ class CompletionRequest(OpenAI):
     max_tokens: int | None = 16
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = None
+    add_special_tokens: bool | None = None
     best_of: int | None = None
 
     def params(self, defaults: Mapping[str, Any]) -> SamplingParams:
@@ -216,7 +178,7 @@ class ChatRequest(OpenAI):
 
     def params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         self.refuse_unknown()
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs: true.")
         most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return SamplingParams(
@@ -228,8 +190,14 @@ class ChatRequest(OpenAI):
 
 class NativeSampling(Sampling):
     max_new_tokens: int | None = 128
+    min_new_tokens: int | None = None
+    sampling_seed: int | None = None
     no_stop_trim: bool | None = None
     json_schema: str | None = None
+
+    def given(self) -> dict[str, Any]:
+        theirs = {"min_tokens": self.min_new_tokens, "seed": self.sampling_seed}
+        return super().given() | {name: value for name, value in theirs.items() if value is not None}
 
     def form(self) -> dict[str, Any] | None:
         return one_form({"regex": self.regex, "grammar": self.ebnf, "json": self.json_schema})
@@ -240,7 +208,9 @@ class GenerateRequest(Body):
     input_ids: list[int] | list[list[int]] | None = None
     sampling_params: NativeSampling | None = None
     stream: bool = False
-    rid: str | None = Field(None, max_length=256)
+    model: str | None = Field(None, max_length=1024)
+    rid: RequestName | list[RequestName] | None = None
+    cache_salt: str | None = Field(None, max_length=256)
     return_logprob: bool = False
     logprob_start_len: int = -1
     top_logprobs_num: int = Field(0, ge=0, le=20)
@@ -257,6 +227,7 @@ class GenerateRequest(Body):
             **{**defaults, **wanted.given()},
             max_tokens=wanted.max_new_tokens,
             include_stop_str_in_output=bool(wanted.no_stop_trim),
+            cache_salt=self.cache_salt,
             logprobs=self.top_logprobs_num if self.return_logprob else None,
             prompt_logprobs=self.top_logprobs_num if scored else None,
         )

@@ -87,6 +87,23 @@ def test_streamed_is_what_is_not_streamed(client: openai.OpenAI, options: dict[s
     assert usage.completion_tokens == whole.usage.completion_tokens
 
 
+def test_the_usage_of_every_piece_for_who_asks(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {
+        "model": "demo",
+        "prompt": PROMPTS[0],
+        "max_tokens": 20,
+        "temperature": 0,
+        "stream": True,
+    }
+    both = {"include_usage": True, "continuous_usage_stats": True}
+    counts = [
+        chunk.usage.completion_tokens  # type: ignore[union-attr]
+        for chunk in client.completions.create(stream_options=both, **options)
+    ]
+    assert counts == sorted(counts)
+    assert (counts[0], counts[-2:]) == (1, [20, 20])
+
+
 def test_chat_with_log_probabilities(client: openai.OpenAI, llm: LLM) -> None:
     options: dict[str, Any] = {
         "model": "demo",
@@ -149,6 +166,8 @@ def test_generate_as_sglang_streams_it(server: Served, llm: LLM) -> None:
     rows = [json.loads(line) for line in lines[:-1]]
     assert all(later["text"].startswith(earlier["text"]) for earlier, later in pairwise(rows))
     assert rows[-1]["text"] == whole["text"]
+    named = {"text": PROMPTS[:2], "rid": ["a", "b"], "sampling_params": {"max_new_tokens": 2}}
+    assert [row["meta_info"]["id"] for row in server.post("/generate", named).json()] == ["a", "b"]
     both = server.post(
         "/generate", {"input_ids": [llm.engine.encode(p) for p in PROMPTS[:2]], "sampling_params": {"n": 2}}
     ).json()
@@ -194,6 +213,7 @@ def test_structured_outputs(client: openai.OpenAI) -> None:
         ({"regex": r"[0-9]{3}-[a-f]{2}"}, lambda text: len(text) == 6 and text[3] == "-"),
         ({"choice": ["left", "right\n"]}, lambda text: text in ("left", "right\n")),
         ({"grammar": 'start: "a" ("b" | "c") "d"'}, lambda text: text in ("abd", "acd")),
+        ({"grammar": 'root ::= "a" end\n\nend ::= ("b" | "c") "d"'}, lambda text: text in ("abd", "acd")),
     ):
         answer = client.completions.create(**options, extra_body={"structured_outputs": form})
         assert all(conforms(choice.text) for choice in answer.choices), (form, answer.choices)
@@ -202,7 +222,7 @@ def test_structured_outputs(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     "form",
     [
-        {"regex": "[0-9"}, {"choice": []}, {"grammar": "start: missing"}, {},
+        {"regex": "[0-9"}, {"choice": []}, {"grammar": "start: missing"}, {"grammar": 'root ::= "a" ('}, {},
         {"json": {"type": 5}}, {"json": {"$ref": "#/nowhere"}}, {"regex": "a", "choice": ["b"]}, {"regex": "x" * 100_000},
     ],
 )  # fmt: skip

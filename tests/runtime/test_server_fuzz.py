@@ -21,7 +21,8 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from runtime.server.protocol import REFUSED, ChatRequest, CompletionRequest, GenerateRequest, NativeSampling
+from runtime.server.foreign_fields import REFUSED
+from runtime.server.protocol import ChatRequest, CompletionRequest, GenerateRequest, NativeSampling
 from tests.runtime.served import Served
 
 GREEDY = {"prompt": "def main():\n", "max_tokens": 8, "temperature": 0}
