@@ -20,7 +20,8 @@ from typing import Any
 from runtime.bench_client import Answer, Target, run_load
 from runtime.bench_figure import serving_figure
 from runtime.errors import Error
-from runtime.options import ENGINE, LOADING, Parser, engine_options, loading_options, pick
+from runtime.options import ENGINE, LOADING, engine_options, loading_options, pick
+from runtime.parser import Parser
 
 
 def add_parsers(parser: Parser) -> None:

@@ -25,15 +25,14 @@ from runtime.options import (
     LOADING,
     QUEUE,
     SERVER,
-    Parser,
     engine_options,
     given,
     loading_options,
     pick,
     queue_options,
     server_options,
-    with_config_file,
 )
+from runtime.parser import Parser, with_config_file
 
 
 def build_parser() -> Parser:

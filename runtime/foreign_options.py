@@ -11,7 +11,7 @@ from typing import Any
 ALWAYS = (
     "--enable-metrics", "--enable-cache-report", "--skip-server-warmup", "--disable-log-requests", "--disable-log-stats",
     "--disable-uvicorn-access-log", "--enable-chunked-prefill", "--disable-frontend-multiprocessing",
-    "--enable-auto-tool-choice",
+    "--enable-auto-tool-choice", "--enable-prompt-tokens-details", "--disable-fastapi-docs",
 )  # fmt: skip
 """Switches that change nothing: metrics and cached tokens are always reported, requests logged only if that is asked for,
 prompts always chunked, calls read wherever their form is known; nothing is warmed up that is optional."""
@@ -21,9 +21,9 @@ NO_CORS = "no CORS headers are sent; put a proxy in front that knows your sites"
 TEXT_STAYS_OUT = "requests are logged as a line of numbers, never with their texts"
 
 FIXED: dict[tuple[str, ...], tuple[tuple[str, ...], str]] = {
-    ("--tp-size", "--tensor-parallel-size", "-tp"): (("1",), ONE_DEVICE),
-    ("--dp-size", "--data-parallel-size", "-dp"): (("1",), ONE_DEVICE),
-    ("--pp-size", "--pipeline-parallel-size", "-pp"): (("1",), ONE_DEVICE),
+    ("--tp-size", "--tensor-parallel-size", "--tp", "-tp"): (("1",), ONE_DEVICE),
+    ("--dp-size", "--data-parallel-size", "--dp", "-dp"): (("1",), ONE_DEVICE),
+    ("--pp-size", "--pipeline-parallel-size", "--pp", "-pp"): (("1",), ONE_DEVICE),
     ("--nnodes",): (("1",), ONE_DEVICE),
     ("--node-rank",): (("0",), ONE_DEVICE),
     ("--tokenizer-mode",): (("auto",), "the tokenizer is the one that Transformers chooses"),
@@ -53,6 +53,16 @@ REFUSED: dict[tuple[str, ...], str] = {
         "--enable-deterministic-inference",
     ): "a request with a seed repeats itself, up to the rounding of other batch sizes",
     ("--allow-credentials", "--allowed-methods", "--allowed-headers"): NO_CORS,
+    ("--max-logprobs",): "up to 20 are returned over HTTP",
+    (
+        "--override-generation-config",
+        "--preferred-sampling-params",
+    ): "send them with the requests, or use --sampling-defaults",
+    (
+        "--incremental-streaming-output",
+        "--stream-output",
+    ): "/generate streams the whole text so far; /v1/completions pieces",
+    ("--block-size", "--page-size"): "pages have 16 tokens",
     ("--enable-ssl-refresh",): "certificates are read once; restart the server for new ones",
     ("--enable-lora", "--lora-paths", "--lora-modules"): "adapters are not served; merge them into the checkpoint",
     ("--speculative-algorithm", "--speculative-config"): "tokens are not speculated",

@@ -1,4 +1,4 @@
-"""The options of the command line, in groups that the commands share, and the file they may come from.
+"""The options of the command line, in groups that the commands share.
 
 Flags are spelled as in SGLang, with vLLM's spellings as aliases. Light: ``--help`` imports nothing heavy.
 """
@@ -6,13 +6,9 @@ Flags are spelled as in SGLang, with vLLM's spellings as aliases. Light: ``--hel
 from __future__ import annotations
 
 import argparse
-import difflib
-import re
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from runtime.errors import InvalidRequest
 from runtime.foreign_options import foreign_options
 
 LOADING = (
@@ -31,33 +27,6 @@ SERVER = (
     "ssl_cert_reqs", "ssl_ciphers", "root_path", "log_requests", "sampling_defaults", "watchdog_timeout", "shutdown_timeout",
     "log_level",
 )  # fmt: skip
-
-
-class Parser(argparse.ArgumentParser):
-    """Knows no abbreviations and suggests the nearest flag for an unknown one."""
-
-    def __init__(self, **options: Any):
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
-        if unknown:
-            flags = [flag for action in self._every_action() for flag in action.option_strings]
-            close = difflib.get_close_matches(unknown[1], flags, n=1)
-            message += f". Did you mean {close[0]}?" if close else ""
-        super().error(message)
-
-    def actions_of(self, command: str) -> list[argparse.Action]:
-        """The options of one command."""
-        commands = next(a for a in self._actions if isinstance(a, argparse._SubParsersAction))
-        return list(commands.choices[command]._actions)
-
-    def _every_action(self) -> list[argparse.Action]:
-        actions = list(self._actions)
-        for action in self._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                actions += [inner for parser in action.choices.values() for inner in parser._every_action()]
-        return actions
 
 
 def loading_options(parser: argparse.ArgumentParser) -> None:
@@ -236,10 +205,14 @@ def server_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _load_format(text: str) -> str:
+    known = {
+        "dummy": "the weights that are served are those that were checked; write a small checkpoint to try things out",
+        "bitsandbytes": "it is found out from the checkpoint, or asked for by --quantization bitsandbytes",
+        "gguf": "GGUF is refused by design; use the checkpoint that it was made of",
+    }
     if text not in ("auto", "safetensors"):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not read: only safetensors are; pickled files (pt, bin) could run code, and GGUF is refused by design"
-        )
+        why = known.get(text, "only safetensors are; pickled files (pt, bin) could run code")
+        raise argparse.ArgumentTypeError(f"{text!r} is not read: {why}")
     return text
 
 
@@ -263,45 +236,3 @@ def pick(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
 def given(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
     """Like :func:`pick`, without what was left open."""
     return {name: value for name, value in pick(arguments, names).items() if value is not None}
-
-
-def with_config_file(argv: Sequence[str], parser: Parser) -> list[str]:
-    """``argv`` with the flags of its ``--config`` file before its own. Raises :class:`InvalidRequest`."""
-    argv = list(argv)
-    place = next((place for place, word in enumerate(argv) if word.partition("=")[0] == "--config"), None)
-    if place is None or argv[0] != "serve":
-        return argv
-    _, equals, file = argv[place].partition("=")
-    if not equals:
-        file = argv[place + 1] if place + 1 < len(argv) else ""
-    known = {flag for action in parser.actions_of("serve") for flag in action.option_strings}
-    switches = {flag for action in parser.actions_of("serve") if action.nargs == 0 for flag in action.option_strings}
-    words: list[str] = []
-    for key, value in _read_yaml(file).items():
-        flag = f"--{str(key).replace('_', '-')}"
-        if flag not in known or flag in ("--config", "--help"):
-            close = difflib.get_close_matches(flag, known, n=1)
-            hint = f" Did you mean {close[0][2:]}?" if close else ""
-            raise InvalidRequest(f"--config {file}: {key!r} is not a flag of serve.{hint}")
-        if (flag in switches) != isinstance(value, bool):
-            kind = "true or false" if flag in switches else "a value"
-            raise InvalidRequest(f"--config {file}: {key} takes {kind}, not {value!r}.")
-        if flag in switches:
-            words += [flag] if value else []
-        else:
-            words += [f"{flag}={','.join(map(str, value)) if isinstance(value, list) else value}"]
-    return [argv[0], *words, *argv[1:]]
-
-
-def _read_yaml(file: str) -> dict[Any, Any]:
-    try:
-        import yaml
-
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except ImportError as error:
-        raise InvalidRequest(f"--config needs PyYAML ({error}): pip install 'relinear[serve]'.") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InvalidRequest(f"--config {file}: {error}") from error
-    if not isinstance(content, dict):
-        raise InvalidRequest(f"--config {file}: it must map flags to values, not be {type(content).__name__}.")
-    return content

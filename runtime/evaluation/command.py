@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import Error, InvalidRequest
-from runtime.options import LOADING, Parser, loading_options, pick
+from runtime.options import LOADING, loading_options, pick
+from runtime.parser import Parser
 
 ON_PAGES = ("kv_cache_dtype",)
 RECIPES = ("bits-per-byte", "wikitext-2048", "llama.cpp-512")

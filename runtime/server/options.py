@@ -50,6 +50,9 @@ class ServerOptions:
             )
         if self.ssl_cert_reqs and self.ssl_ca_certs is None:
             raise LoadError("--ssl-cert-reqs asks clients for certificates: --ssl-ca-certs names who signs them.")
+        for name, least in (("max_body_bytes", 1), ("watchdog_timeout", 1), ("shutdown_timeout", 0)):
+            if not getattr(self, name) >= least:
+                raise LoadError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(self, name)}.")
         if self.root_path and not self.root_path.startswith("/"):
             raise LoadError(f"--root-path begins with a slash, not {self.root_path!r}.")
 

@@ -15,6 +15,7 @@ import ssl
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -36,6 +37,12 @@ SEND_BUFFER_BYTES = 2**17
 """Of a connection, in the kernel, which doubles it. Left to itself it grows to megabytes, and while a client reads those
 nothing here would know that it reads."""
 CLOSE_SECONDS = 5.0
+
+
+def code_may_change(config: EngineConfig) -> bool:
+    """Whether the code of a Hub repository is the newest one, which may be another tomorrow."""
+    on_the_hub = "/" in config.model and not Path(config.model).expanduser().is_dir()
+    return on_the_hub and re.fullmatch(r"[0-9a-f]{40}", config.revision or "") is None
 
 
 class EscapingFormatter(logging.Formatter):
@@ -118,7 +125,8 @@ class _Process:
         source = "generation_config.json" if defaults else "OpenAI's defaults"
         logger.info("sampling defaults: %s (%s)", defaults or "temperature 1, top_p 1", source)
         if engine.config.trust_remote_code:
-            logger.warning("the checkpoint's own Python code runs in this process (--trust-remote-code)")
+            advice = "; name a commit with --revision" if code_may_change(engine.config) else ""
+            logger.warning("the checkpoint's own Python code runs in this process (--trust-remote-code)%s", advice)
         if not self.options.loopback and not (self.options.api_key or self.options.api_key_file):
             logger.warning("anybody who reaches %s can use this server: set --api-key", self.options.host)
         logger.info("ready: %s", self._address())

@@ -51,8 +51,10 @@ def test_make_targets_exist() -> None:
 
 
 def test_flags_in_readme_are_known() -> None:
-    parser = build_parser()
-    known = {flag for action in parser._every_action() for flag in action.option_strings}
+    parsers = [build_parser()]
+    for parser in parsers:
+        parsers += parser.commands().values()
+    known = {flag for parser in parsers for action in parser._actions for flag in action.option_strings}
     for block in re.findall(r"```(?:bash|console)\n(.*?)```", README, re.DOTALL):
         for flag in re.findall(r"(?<!\S)(--[a-z0-9-]+)", block):
             assert flag in known, flag

@@ -11,7 +11,7 @@ import pytest
 
 from runtime.cli import build_parser, main, read_prompts
 from runtime.errors import InvalidRequest
-from runtime.options import with_config_file
+from runtime.parser import with_config_file
 
 
 def relinear(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -71,10 +71,20 @@ def test_inspect_reads_no_weights_and_names_every_module(capsys: pytest.CaptureF
 
 
 def test_an_unknown_flag_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["generate", "--model-path", "demo", "--temprature", "1"])
-    assert stopped.value.code == 2
-    assert "Did you mean --temperature?" in capsys.readouterr().err
+    for command, flag, meant in (
+        ("generate", "--temprature", "Did you mean --temperature?"),
+        ("serve", "--mem-fraction-statics", "Did you mean --mem-fraction-static?"),
+        ("serve", "--temprature", "Did you mean --chat-template?"),  # --temperature is of another command
+        (
+            "serve",
+            "--max-num-queued-token",
+            "Did you mean --max-num-queued-reqs?",
+        ),  # --max-num-queued-tokens is refused
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main([command, "--model-path", "demo", flag, "1"])
+        assert stopped.value.code == 2
+        assert meant in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", [["--temperature", "-1"], ["--top-p", "0"], ["--n", "0"]])
@@ -83,11 +93,14 @@ def test_bad_sampling_values_fail_before_loading(flag: list[str], capsys: pytest
     assert flag[0].lstrip("-").replace("-", "_") in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("form", ["pt", "gguf"])
-def test_a_load_format_that_is_not_read_says_why(form: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("form", "why"),
+    [("pt", "only safetensors are"), ("gguf", "by design"), ("bitsandbytes", "--quantization"), ("dummy", "checked")],
+)
+def test_a_load_format_that_is_not_read_says_why(form: str, why: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["inspect", "demo", "--load-format", form])
-    assert "only safetensors are" in capsys.readouterr().err
+    assert why in capsys.readouterr().err
 
 
 def test_prompt_files(tmp_path: Path) -> None:
@@ -191,6 +204,9 @@ def test_a_bad_configuration_file_says_what_is_wrong(
         (("demo", "--ssl-keyfile", "/nonexistent", "--ssl-certfile", "/nonexistent"), "No such file"),
         (("demo", "--queue-timeout", "-1"), "queue_timeout must be a positive number"),
         (("demo", "--port", "99999"), "Choose another port"),
+        (("demo", "--max-body-bytes", "0"), "--max-body-bytes must be at least 1, not 0"),
+        (("demo", "--watchdog-timeout", "0"), "--watchdog-timeout must be at least 1"),
+        (("demo", "--shutdown-timeout", "nan"), "--shutdown-timeout must be at least 0, not nan"),
     ],
 )
 def test_a_server_that_cannot_start_says_why_at_once(

@@ -8,7 +8,7 @@ import pytest
 
 from runtime.cli import build_parser
 from runtime.foreign_options import ALWAYS, FIXED, REFUSED
-from runtime.options import with_config_file
+from runtime.parser import with_config_file
 
 TAKEN = """
 --model-path m|--model m|--model-impl transformers|--tokenizer-path t|--tokenizer t|--tokenizer-mode auto|--skip-tokenizer-init
@@ -31,7 +31,7 @@ SAID_NO = """
 --structured-outputs-config {}|--log-level-http info|--decode-log-interval 40|--enable-trace|--crash-dump-folder d
 --soft-watchdog-timeout 9|--dist-init-addr a|--enable-deterministic-inference|--allowed-origins *|--generation-config folder
 --enable-lora|--speculative-algorithm EAGLE|--enable-ssl-refresh|--enable-custom-logit-processor|--allow-credentials
---cpu-offload-gb 4
+--cpu-offload-gb 4|--tp 2|--max-logprobs 9|--override-generation-config {}|--incremental-streaming-output|--page-size 64
 """
 
 

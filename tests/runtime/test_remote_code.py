@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from runtime import EngineConfig, LoadError, inspect
 from runtime.engine import Engine
 from runtime.loader import load_model
+from runtime.server.process import code_may_change
 from tests.architectures.sweep import ENGINE, PROMPTS, compare, serve
 from tests.architectures.tiny import VOCABULARY
 
@@ -178,3 +179,12 @@ def test_nothing_is_imported_without_the_flag(modern: Path) -> None:
         assert not marker.exists()
     inspect(modern, trust_remote_code=True)
     assert marker.exists(), "the marker tells nothing"
+
+
+@pytest.mark.parametrize(
+    ("model", "revision", "may"),
+    [("owner/name", None, True), ("owner/name", "main", True), ("owner/name", "0" * 40, False), ("/tmp", None, False)],
+)
+def test_code_of_the_hub_is_fixed_by_a_commit(model: str, revision: str | None, may: bool) -> None:
+    config = EngineConfig(model, trust_remote_code=True, revision=revision)
+    assert code_may_change(config) == may
