@@ -25,7 +25,7 @@ from runtime.detokenize import Detokenizer
 from runtime.errors import EngineDead, InvalidRequest, Overloaded
 from runtime.grammar import GrammarCompiler, Matcher
 from runtime.request import Delta, FinishReason, Request, SamplingParams
-from runtime.runner import StepResult
+from runtime.runner import NAN_LOGITS, StepResult
 from runtime.sampling import generator_for
 from runtime.scheduler import Plan
 
@@ -34,8 +34,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Counts at one moment. ``free_blocks`` of ``blocks`` are held by nobody; ``preemptions``, and the tokens that were
-    looked for (``prefix_queries``) and found (``prefix_hits``) in the prefix cache, count from the start."""
+    """Counts at one moment. ``free_blocks`` of ``blocks`` are held by nobody; ``preemptions``, the tokens that were looked for
+    (``prefix_queries``) and found (``prefix_hits``) in the prefix cache, and the samples that ended because their logits were
+    no numbers (``nan_logits``) count from the start."""
 
     running: int
     waiting: int
@@ -45,6 +46,7 @@ class EngineStats:
     steps: int
     prefix_queries: int
     prefix_hits: int
+    nan_logits: int
 
 
 class Engine:
@@ -58,7 +60,7 @@ class Engine:
         self.scheduler, self.runner, self.report = parts.scheduler, parts.runner, parts.report
         self.end_tokens, self.sampling_defaults = parts.end_tokens, parts.sampling_defaults
         self.grammars = GrammarCompiler(self.tokenizer, self.vocabulary, self.end_tokens)
-        self.steps = 0
+        self.steps = self._nan_logits = 0
         self._dead: Exception | None = None
         self._random = random.Random(config.seed)
         self._uids = itertools.count()
@@ -166,6 +168,7 @@ class Engine:
             steps=self.steps,
             prefix_queries=pool.queries,
             prefix_hits=pool.hits,
+            nan_logits=self._nan_logits,
         )
 
     def step(self) -> list[Delta]:
@@ -209,6 +212,7 @@ class Engine:
     def _commit(self, plan: Plan, result: StepResult) -> list[Delta]:
         deltas = []
         for request, message in result.failed.items():
+            self._nan_logits += message == NAN_LOGITS
             self.scheduler.pool.forget_tokens(request)  # nobody else may start from what this one left
             deltas.append(self._fail(request, FinishReason.ERROR, message))
         good = [chunk for chunk in plan if chunk.request not in result.failed]

@@ -24,6 +24,8 @@ from runtime.request import Request, TokenLogprob
 from runtime.sampling import logprobs_of, penalized, sample
 from runtime.scheduler import Plan
 
+NAN_LOGITS = "the model's logits are NaN or infinite"
+
 
 @dataclass
 class StepResult:
@@ -154,7 +156,7 @@ class Runner:
         likeliest, finite = read.verdict.tolist()
         for (request, _, _), good in zip(rows, finite, strict=True):
             if not good:
-                result.failed[request] = "the model's logits are NaN or infinite"
+                result.failed[request] = NAN_LOGITS
         if all(token is None and request.takes_likeliest for request, _, token in rows):
             result.tokens = {r: best for (r, _, _), best in zip(rows, likeliest, strict=True) if r not in result.failed}
             return result

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter as Counts
 from collections.abc import Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
+from runtime.plan import LoadPlan
 from runtime.request import Delta
 from runtime.stream import Stream
 from runtime.worker import Worker
@@ -93,9 +95,9 @@ class Metrics:
             "num_requests_running": (stats.running, "Sequences in the running batch"),
             "num_requests_waiting": (stats.waiting, "Sequences that wait"),
             "kv_cache_usage_perc": (1 - stats.free_blocks / stats.blocks, "Held part of the KV cache, 0 to 1"),
-            "weights_bytes": (engine.loaded.plan.weight_bytes, "Bytes of the loaded weights"),
         }
         counters = {
+            "nan_logits": (stats.nan_logits, "Samples that ended because their logits were NaN or infinite"),
             "num_preemptions": (stats.preemptions, "Sequences that gave their blocks back"),
             "prefix_cache_queries": (stats.prefix_queries, "Prompt tokens looked for in the prefix cache"),
             "prefix_cache_hits": (stats.prefix_hits, "Prompt tokens found in the prefix cache"),
@@ -105,6 +107,27 @@ class Metrics:
                 family = families(f"relinear:{name}", text, labels=["model_name"])
                 family.add_metric([self._model_name], value)
                 yield family
+
+        yield from self._weights(engine.loaded.plan)
+
+    def _weights(self, plan: LoadPlan) -> Iterator[Any]:
+        """How much of the model is quantized, and how."""
+        method = plan.method.name if plan.method else "none"
+        quantized = [module for module in plan.quantized if not module.dequantized]
+        held = GaugeMetricFamily(
+            "relinear:weights_bytes", "Bytes of the loaded weights", labels=["model_name", "method"]
+        )
+        packed = sum(module.nbytes for module in quantized)
+        for name, size in ((method, packed), ("dense", plan.weight_bytes - packed)):
+            if size:
+                held.add_metric([self._model_name, name], size)
+        yield held
+        modules = GaugeMetricFamily(
+            "relinear:quantized_modules", "Quantized linear layers", labels=["model_name", "method", "bits"]
+        )
+        for bits, count in sorted(Counts(module.scheme.kind.bits for module in quantized if module.scheme).items()):
+            modules.add_metric([self._model_name, method, str(bits)], count)
+        yield modules
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

@@ -17,6 +17,14 @@ from runtime import LLM, SamplingParams
 from runtime.cli import main
 from tests.runtime.served import CHAT_TEMPLATE, Served
 
+METRICS = {
+    "gauge": "num_requests_running num_requests_waiting kv_cache_usage_perc weights_bytes quantized_modules",
+    "counter": "prefix_cache_queries_total prefix_cache_hits_total prompt_tokens_total generation_tokens_total "
+    "request_success_total num_preemptions_total requests_rejected_total aborted_total nan_logits_total",
+    "histogram": "time_to_first_token_seconds inter_token_latency_seconds e2e_request_latency_seconds "
+    "request_queue_time_seconds request_prefill_time_seconds request_decode_time_seconds",
+}
+"""vLLM's names, and ours."""
 PROMPTS = ["def main():\n", "import os\n", "class Stack:\n    def push(self, item):\n"]
 
 
@@ -85,23 +93,6 @@ def test_streamed_is_what_is_not_streamed(client: openai.OpenAI, options: dict[s
     assert usage is not None
     assert whole.usage is not None
     assert usage.completion_tokens == whole.usage.completion_tokens
-
-
-def test_the_usage_of_every_piece_for_who_asks(client: openai.OpenAI) -> None:
-    options: dict[str, Any] = {
-        "model": "demo",
-        "prompt": PROMPTS[0],
-        "max_tokens": 20,
-        "temperature": 0,
-        "stream": True,
-    }
-    both = {"include_usage": True, "continuous_usage_stats": True}
-    counts = [
-        chunk.usage.completion_tokens  # type: ignore[union-attr]
-        for chunk in client.completions.create(stream_options=both, **options)
-    ]
-    assert counts == sorted(counts)
-    assert (counts[0], counts[-2:]) == (1, [20, 20])
 
 
 def test_chat_with_log_probabilities(client: openai.OpenAI, llm: LLM) -> None:
@@ -271,6 +262,11 @@ def test_the_small_routes(server: Served, llm: LLM) -> None:
     assert server.get("/version").status_code == 200
     for name in ("time_to_first_token_seconds_count", "generation_tokens_total", "request_success_total"):
         assert server.metric(name) > 0
+    exposed = server.get("/metrics").text
+    for kind, names in METRICS.items():
+        for name in names.split():
+            assert f"# TYPE relinear:{name} {kind}\n" in exposed
+    assert 'relinear:quantized_modules{bits="4",method="awq",model_name="demo"} 56.0' in exposed
     assert "sampling defaults" in server.log
 
 

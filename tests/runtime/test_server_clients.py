@@ -162,6 +162,22 @@ def test_log_probabilities_streamed_and_whole_agree_and_their_bytes_make_the_tex
     with_client(server, use)
 
 
+def test_the_usage_of_every_piece_for_who_asks(server: Served) -> None:
+    options: dict[str, Any] = {
+        "model": "demo",
+        "prompt": "def main():\n",
+        "max_tokens": 20,
+        "temperature": 0,
+        "stream": True,
+    }
+    both = {"include_usage": True, "continuous_usage_stats": True}
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        chunks = list(client.completions.create(stream_options=both, **options))
+    counts = [chunk.usage.completion_tokens for chunk in chunks]
+    assert counts == sorted(counts)
+    assert (counts[0], counts[-2:]) == (1, [20, 20])
+
+
 def test_an_error_inside_a_stream_is_the_clients_exception(server: Served) -> None:
     async def use(client: openai.AsyncOpenAI) -> None:
         with pytest.raises(openai.BadRequestError, match="structured_outputs"):

@@ -416,13 +416,17 @@ def test_the_key_the_wait_and_the_end_have_their_limits(tmp_path: Any) -> None:
     file.write_text("first key\nsecond\n")
     flags = ("--queue-timeout", "0.5", "--max-running-requests", "1", "--shutdown-timeout", "0.3")
     with Served("--api-key-file", str(file), *flags) as server:
-        paths = ("/v1/models", "/metrics", "/server_info", "/version", "/openapi.json", "/nowhere")
-        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Bearer " + "x" * 20_000}):
-            assert {server.get(path, headers=headers).status_code for path in paths} == {401}
-            assert server.post("/generate", {"text": "x"}, headers=headers).status_code == 401
-        assert server.get("/health").status_code == 200
         headers = {"authorization": "Bearer first key"}
-        assert server.get("/v1/models", headers=headers).status_code == 200
+        routes = server.get("/openapi.json", headers=headers).json()["paths"]
+        assert {"/v1/chat/completions", "/generate", "/metrics", "/ping", "/flush_cache"} <= set(routes)
+        paths = {*routes, "/openapi.json", "/docs", "/v1/embeddings", "/nowhere", "//health", "/health/"} - {"/health"}
+        wrong = ("Bearer wrong", "Bearer " + "x" * 20_000, "Bearer", "Basic first key", "Bearer first")
+        with httpx.Client(base_url=server.url) as client:
+            for method in ("GET", "POST"):
+                assert {client.request(method, path).status_code for path in paths} == {401}
+            assert {client.get("/metrics", headers={"authorization": key}).status_code for key in wrong} == {401}
+        assert server.get("/health").status_code == 200
+        assert server.get("/v1/models", headers={"authorization": "Bearer second"}).status_code == 200
         assert "first key" not in server.log
         # And, as this server runs one request at a time: what waits for too long is sent away.
         with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG, headers=headers) as running:

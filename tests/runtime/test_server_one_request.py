@@ -72,7 +72,7 @@ def test_it_fails_alone(server: Served, fields: dict[str, Any], message: str, in
     body = {**GREEDY, **fields}
     other = {**LONG, "max_tokens": 60}
     expected = server.post("/v1/completions", {**other, "stream": False}).json()["choices"][0]["text"]
-    descriptors, tasks = server.descriptors, server.tasks
+    descriptors, tasks, counted = server.descriptors, server.tasks, server.metric("nan_logits_total")
     pieces: list[dict[str, Any]] = []
     beside = read_stream(server, other, pieces)
     failed = server.post("/v1/completions", body)
@@ -85,6 +85,7 @@ def test_it_fails_alone(server: Served, fields: dict[str, Any], message: str, in
     beside.join()
     assert "".join(piece["choices"][0]["text"] for piece in pieces) == expected
     server.until_idle()
+    assert server.metric("nan_logits_total") - counted == (2 if "NaN" in message else 0)
     assert server.get("/health").status_code == 200
     until(lambda: server.descriptors <= descriptors + 1)
     until(lambda: server.tasks <= tasks)
