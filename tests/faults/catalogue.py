@@ -115,7 +115,7 @@ FAULTS = (
     Fault("network", "more requests than the queue takes, or a long wait in it", "429 with Retry-After", (
         f"{FAULTS_FILE}test_too_many_are_told_to_come_later", LIMITS,
     )),
-    Fault("request", "malformed, deeply nested, NaN and Infinity, integers of 5000 digits, repeated keys", "400; the last key counts", (
+    Fault("request", "malformed, deeply nested, NaN and Infinity, integers of 5000 digits", "400; of repeated keys the last", (
         BODIES, f"{FUZZ}test_bytes_that_are_no_body",
     )),
     Fault("request", "fields of every wrong kind and size (n, max_tokens, logit_bias, stop, ids)", "400 naming the field", (
