@@ -28,6 +28,9 @@ from runtime.parser import Parser
 if TYPE_CHECKING:
     from runtime.engine import Engine
 
+VOCABULARY = 1000
+"""Of random prompts for a server whose own is not known: token ids that every model has."""
+
 
 def add_parsers(parser: Parser) -> None:
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
@@ -48,6 +51,7 @@ def add_parsers(parser: Parser) -> None:
         metavar="N",
         help="requests at a time; a run for each number",
     )
+    serving.add_argument("--warmup-requests", type=int, default=1, metavar="N", help="not measured (default: 1)")
     serving.add_argument("--plot", metavar="FILE", help="throughput and latency against concurrency, as SVG")
     offline = kinds.add_parser("offline-throughput", help="the engine, without HTTP")
     offline.set_defaults(run=bench_offline)
@@ -68,11 +72,14 @@ def add_parsers(parser: Parser) -> None:
 
 
 def bench_serving(arguments: argparse.Namespace) -> int:
-    load = bench_load.make_load(arguments, vocabulary=1000)
     url = arguments.base_url or f"http://{arguments.host}:{arguments.port}"
     target = Target(url, arguments.backend, arguments.model, arguments.api_key)
     status, results = 0, []
-    for concurrency in arguments.max_concurrency:
+    if arguments.warmup_requests:
+        warmup = bench_load.make_load(arguments, VOCABULARY, run=-1)[: arguments.warmup_requests]
+        run_load(warmup, target, concurrency=1)
+    for run, concurrency in enumerate(arguments.max_concurrency):
+        load = bench_load.make_load(arguments, VOCABULARY, run)
         answers, seconds = run_load(
             load, target, concurrency=concurrency, rate=arguments.request_rate, seed=arguments.seed
         )

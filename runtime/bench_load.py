@@ -23,11 +23,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--random-range-ratio", type=float, default=1.0, metavar="R", help="shortest to longest")
 
 
-def make_load(arguments: argparse.Namespace, vocabulary: int) -> list[tuple[Prompt, int]]:
-    """Prompts, and how many tokens to generate after each. Raises :class:`Error`."""
+def make_load(arguments: argparse.Namespace, vocabulary: int, run: int = 0) -> list[tuple[Prompt, int]]:
+    """Prompts, and how many tokens to generate after each; random ones are others in each ``run``, so that none is cached.
+    Raises :class:`Error`."""
     if arguments.num_prompts < 1:
         raise Error(f"--num-prompts must be at least 1, not {arguments.num_prompts}.")
-    chance = random.Random(arguments.seed)
+    chance = random.Random(arguments.seed + run)
     if arguments.dataset_name == "random":
         return _random(arguments, vocabulary, chance)
     texts = _first_turns(arguments.dataset_path)

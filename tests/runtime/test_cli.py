@@ -246,6 +246,8 @@ def test_recorded_conversations_as_a_load(tmp_path: Path) -> None:
     flags = ["--dataset-name", "sharegpt", "--dataset-path", str(file), "--sharegpt-output-len", "7"]
     arguments = build_parser().parse_args(["bench", "serving", *flags])
     assert make_load(arguments, 10) == [("question", 7), ("question", 7)]
+    random = build_parser().parse_args(["bench", "serving"])
+    assert make_load(random, 10, run=1) != make_load(random, 10) == make_load(random, 10)
     for content in ("[]", "{", "5", json.dumps(rows[1:2])):
         file.write_text(content)
         with pytest.raises(Error, match="--dataset-path"):
