@@ -8,6 +8,7 @@ one-batch            one static batch: the time of its prompts, then of its deco
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import statistics
@@ -15,13 +16,20 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from runtime import bench_load
 from runtime.bench_client import Answer, Target, run_load
 from runtime.bench_figure import serving_figure
 from runtime.errors import Error
 from runtime.options import ENGINE, LOADING, engine_options, loading_options, pick
 from runtime.parser import Parser
+
+if TYPE_CHECKING:
+    from runtime.engine import Engine
+
+VOCABULARY = 1000
+"""Of random prompts for a server whose own is not known: token ids that every model has."""
 
 
 def add_parsers(parser: Parser) -> None:
@@ -29,7 +37,9 @@ def add_parsers(parser: Parser) -> None:
     serving = kinds.add_parser("serving", help="a running server, over HTTP")
     serving.set_defaults(run=bench_serving)
     serving.add_argument("--backend", choices=("sglang", "vllm"), default="sglang", help="/generate or /v1/completions")
-    serving.add_argument("--base-url", default="http://127.0.0.1:30000", metavar="URL")
+    serving.add_argument("--base-url", metavar="URL", help="instead of --host and --port")
+    serving.add_argument("--host", default="127.0.0.1", metavar="H", help="default: 127.0.0.1")
+    serving.add_argument("--port", type=int, default=30000, metavar="P", help="default: 30000")
     serving.add_argument("--model", metavar="NAME", help="for /v1/completions, if the server asks for it")
     serving.add_argument("--api-key", metavar="KEY")
     serving.add_argument("--request-rate", type=float, default=float("inf"), metavar="R", help="a second; default: all")
@@ -41,19 +51,17 @@ def add_parsers(parser: Parser) -> None:
         metavar="N",
         help="requests at a time; a run for each number",
     )
+    serving.add_argument("--warmup-requests", type=int, default=1, metavar="N", help="not measured (default: 1)")
     serving.add_argument("--plot", metavar="FILE", help="throughput and latency against concurrency, as SVG")
     offline = kinds.add_parser("offline-throughput", help="the engine, without HTTP")
     offline.set_defaults(run=bench_offline)
     for kind in (serving, offline):
-        kind.add_argument("--num-prompts", type=int, default=40, metavar="N")
-        kind.add_argument("--random-input-len", type=int, default=64, metavar="N")
-        kind.add_argument("--random-output-len", type=int, default=64, metavar="N")
-        kind.add_argument("--random-range-ratio", type=float, default=1.0, metavar="R", help="shortest to longest")
-    batch = kinds.add_parser("one-batch", help="one static batch")
+        bench_load.add_options(kind)
+    batch = kinds.add_parser("one-batch", help="one static batch, or one of each size")
     batch.set_defaults(run=bench_one_batch)
-    batch.add_argument("--batch-size", type=int, default=8, metavar="N")
-    batch.add_argument("--input-len", type=int, default=64, metavar="N")
-    batch.add_argument("--output-len", type=int, default=64, metavar="N")
+    batch.add_argument("--batch-size", type=int, nargs="+", default=[8], metavar="N")
+    batch.add_argument("--input-len", type=int, nargs="+", default=[64], metavar="N")
+    batch.add_argument("--output-len", type=int, nargs="+", default=[64], metavar="N")
     for kind in (offline, batch):
         kind.add_argument("--model-path", "--model", required=True, metavar="M")
         loading_options(kind)
@@ -64,15 +72,19 @@ def add_parsers(parser: Parser) -> None:
 
 
 def bench_serving(arguments: argparse.Namespace) -> int:
-    load = random_load(arguments, vocabulary=1000)
-    target = Target(arguments.base_url, arguments.backend, arguments.model, arguments.api_key)
+    url = arguments.base_url or f"http://{arguments.host}:{arguments.port}"
+    target = Target(url, arguments.backend, arguments.model, arguments.api_key)
     status, results = 0, []
-    for concurrency in arguments.max_concurrency:
+    if arguments.warmup_requests:
+        warmup = bench_load.make_load(arguments, VOCABULARY, run=-1)[: arguments.warmup_requests]
+        run_load(warmup, target, concurrency=1)
+    for run, concurrency in enumerate(arguments.max_concurrency):
+        load = bench_load.make_load(arguments, VOCABULARY, run)
         answers, seconds = run_load(
             load, target, concurrency=concurrency, rate=arguments.request_rate, seed=arguments.seed
         )
         if all(answer.error for answer in answers):
-            raise Error(f"no request was answered by {arguments.base_url}: {answers[0].error}")
+            raise Error(f"no request was answered by {url}: {answers[0].error}")
         result = {"backend": arguments.backend, "max_concurrency": concurrency, **serving_summary(answers, seconds)}
         status |= _finish(arguments, "serving", result)
         results.append(result)
@@ -104,7 +116,7 @@ def bench_offline(arguments: argparse.Namespace) -> int:
     from runtime.request import SamplingParams
 
     llm = _load(arguments)
-    load = random_load(arguments, llm.engine.vocabulary)
+    load = bench_load.make_load(arguments, llm.engine.vocabulary)
     params = [SamplingParams(temperature=0, max_tokens=new, ignore_eos=True) for _, new in load]
     started = time.perf_counter()
     outputs = llm.generate([prompt for prompt, _ in load], params, use_tqdm=sys.stderr.isatty())
@@ -115,20 +127,25 @@ def bench_offline(arguments: argparse.Namespace) -> int:
         "duration_s": seconds,
         "request_throughput": len(outputs) / seconds,
         "output_throughput": tokens / seconds,
-        "total_throughput": (tokens + sum(len(prompt) for prompt, _ in load)) / seconds,
+        "total_throughput": (tokens + sum(len(output.prompt_token_ids) for output in outputs)) / seconds,
     }
     return _finish(arguments, "offline-throughput", result)
 
 
 def bench_one_batch(arguments: argparse.Namespace) -> int:
+    llm = _load(arguments)
+    chance, status = random.Random(arguments.seed), 0
+    for sizes in itertools.product(arguments.batch_size, arguments.input_len, arguments.output_len):
+        status |= _finish(arguments, "one-batch", _one_batch(llm.engine, *sizes, chance))
+    return status
+
+
+def _one_batch(engine: Engine, count: int, input_len: int, output_len: int, chance: random.Random) -> dict[str, Any]:
     from runtime.request import SamplingParams
 
-    llm = _load(arguments)
-    engine, count = llm.engine, arguments.batch_size
-    chance = random.Random(arguments.seed)
-    params = SamplingParams(temperature=0, max_tokens=arguments.output_len, ignore_eos=True)
+    params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True)
     for _ in range(count):
-        engine.add([chance.randrange(engine.vocabulary) for _ in range(arguments.input_len)], params)
+        engine.add([chance.randrange(engine.vocabulary) for _ in range(input_len)], params)
     started, begun, steps = time.perf_counter(), 0, []
     while begun < count and engine.has_work:
         begun += sum(bool(delta.token_ids) for delta in engine.step())
@@ -138,32 +155,15 @@ def bench_one_batch(arguments: argparse.Namespace) -> int:
         engine.step()
         steps.append(time.perf_counter() - before)
     median = statistics.median(steps) if steps else 0.0
-    result = {
+    return {
         "batch_size": count,
-        "input_len": arguments.input_len,
-        "output_len": arguments.output_len,
+        "input_len": input_len,
+        "output_len": output_len,
         "prefill_s": prefill,
-        "prefill_throughput": count * arguments.input_len / prefill,
+        "prefill_throughput": count * input_len / prefill,
         "median_decode_step_ms": 1000 * median,
         "decode_throughput": count / median if median else None,
     }
-    return _finish(arguments, "one-batch", result)
-
-
-def random_load(arguments: argparse.Namespace, vocabulary: int) -> list[tuple[list[int], int]]:
-    """Prompts of random token ids, and how many tokens to generate after each."""
-    chance = random.Random(arguments.seed)
-    ratio = arguments.random_range_ratio
-    if not 0 < ratio <= 1:
-        raise Error(f"--random-range-ratio must be above 0 and at most 1, not {ratio}.")
-
-    def length(longest: int) -> int:
-        return chance.randint(max(1, int(longest * ratio)), longest)
-
-    return [
-        ([chance.randrange(vocabulary) for _ in range(length(arguments.random_input_len))], length(arguments.random_output_len))
-        for _ in range(arguments.num_prompts)
-    ]  # fmt: skip
 
 
 def _load(arguments: argparse.Namespace) -> Any:

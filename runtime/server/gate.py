@@ -79,7 +79,7 @@ class Gate:
         except Refused as refusal:
             self._on_refusal(refusal.status)
             logger.warning("refused %s: %s", scope["path"], refusal.message)
-            await self._discard(headers, receive)
+            await self._discard(headers, receive, parts)
             response = error_response(refusal.status, refusal.message, refusal.code)
             response.headers["connection"] = "close"  # what is left of the body is not a request
             if refusal.status == 401:
@@ -120,42 +120,42 @@ class Gate:
         if length and length[0].isdigit() and int(length[0][:20]) > limit:
             raise too_large
         too_many = Refused(503, "the server holds as many bytes of requests as it may. Try again later.")
-        more = True
         try:
             async with asyncio.timeout(self.limits.read_seconds):
-                while more:
+                while parts.more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
                     self._held += parts.append(message.get("body", b""))
-                    more = message.get("more_body", False)
+                    parts.more = message.get("more_body", False)
                     if parts.nbytes > limit:
                         raise too_large
-                    if more and self._held > BODIES_AT_ONCE * limit:
+                    if parts.more and self._held > BODIES_AT_ONCE * limit:
                         raise too_many
         except TimeoutError:
             raise Refused(408, f"the body was not complete after {self.limits.read_seconds:g} s.") from None
         return parts.whole()
 
-    async def _discard(self, headers: _Headers, receive: Any) -> None:
+    async def _discard(self, headers: _Headers, receive: Any, parts: _Parts) -> None:
         """Read on, within limits: closing over bytes that nobody read resets the connection before the client knows why."""
         if headers.all(b"expect"):
             return  # it asked before sending
-        left, more = DISCARDED_BODIES * self.limits.max_body_bytes, True
+        left = DISCARDED_BODIES * self.limits.max_body_bytes
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DISCARD_SECONDS):
-                while more and left > 0:
+                while parts.more and left > 0:
                     message = await receive()
                     left -= len(message.get("body", b""))
-                    more = message.get("more_body", False)
+                    parts.more = message.get("more_body", False)
 
 
 class _Parts:
-    """Of a body."""
+    """Of a body, of which there may be ``more``."""
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
         self.nbytes = 0
+        self.more = True
 
     def append(self, part: bytes) -> int:
         self._parts.append(part)

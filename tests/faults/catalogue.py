@@ -102,6 +102,9 @@ FAULTS = (
     Fault("network", "many large bodies at once", "503 for those beyond 32 times --max-body-bytes", (
         f"{FAULTS_FILE}test_bodies_together_have_a_limit",
     )),
+    Fault("network", "all of this beside a stream", "the stream is what it is alone", (
+        f"{FAULTS_FILE}test_whoever_is_served_beside_all_this_notices_nothing",
+    )),
     Fault("network", "compressed bodies", "415, never unpacked", (GATE,)),
     Fault("network", "a refusal while the body is still being sent", "the client gets the reason, not a reset", (
         f"{FAULTS_FILE}test_a_refusal_reaches_who_is_still_sending",
@@ -112,7 +115,7 @@ FAULTS = (
     Fault("network", "more requests than the queue takes, or a long wait in it", "429 with Retry-After", (
         f"{FAULTS_FILE}test_too_many_are_told_to_come_later", LIMITS,
     )),
-    Fault("request", "malformed, deeply nested, repeated keys, NaN and Infinity, integers of 5000 digits", "400", (
+    Fault("request", "malformed, deeply nested, NaN and Infinity, integers of 5000 digits", "400; of repeated keys the last", (
         BODIES, f"{FUZZ}test_bytes_that_are_no_body",
     )),
     Fault("request", "fields of every wrong kind and size (n, max_tokens, logit_bias, stop, ids)", "400 naming the field", (

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from runtime.bench_load import make_load
 from runtime.cli import build_parser, main, read_prompts
-from runtime.errors import InvalidRequest
+from runtime.errors import Error, InvalidRequest
 from runtime.parser import with_config_file
 
 
@@ -227,13 +228,32 @@ def test_benchmarks_of_the_engine_append_json_lines(tmp_path: Path, capsys: pyte
     common = ["--model-path", "demo", "--output-file", str(file)]
     load = ["--num-prompts", "3", "--random-input-len", "8", "--random-output-len", "4", "--random-range-ratio", "0.5"]
     assert main(["bench", "offline-throughput", *common, *load]) == 0
-    assert main(["bench", "one-batch", *common, "--batch-size", "2", "--input-len", "8", "--output-len", "3"]) == 0
-    first, second = map(json.loads, file.read_text().splitlines())
+    assert main(["bench", "one-batch", *common, "--batch-size", "2", "3", "--input-len", "8", "--output-len", "3"]) == 0
+    first, *batches = map(json.loads, file.read_text().splitlines())
     assert first["completed"] == 3
     assert first["output_throughput"] > 0
-    assert second["median_decode_step_ms"] > 0
+    assert [batch["batch_size"] for batch in batches] == [2, 3]
+    assert all(batch["median_decode_step_ms"] > 0 for batch in batches)
     assert main(["bench", "serving", "--base-url", "http://127.0.0.1:1", *load]) == 1
     assert "no request was answered" in capsys.readouterr().err
+
+
+def test_recorded_conversations_as_a_load(tmp_path: Path) -> None:
+    file = tmp_path / "conversations.json"
+    turns = [{"from": "human", "value": "question"}, {"from": "gpt", "value": "answer"}]
+    rows = [{"conversations": turns}, {"conversations": turns[:1]}, {"conversation": turns}, {"conversations": []}]
+    file.write_text(json.dumps(rows))
+    flags = ["--dataset-name", "sharegpt", "--dataset-path", str(file), "--sharegpt-output-len", "7"]
+    arguments = build_parser().parse_args(["bench", "serving", *flags])
+    assert make_load(arguments, 10) == [("question", 7), ("question", 7)]
+    random = build_parser().parse_args(["bench", "serving"])
+    assert make_load(random, 10, run=1) != make_load(random, 10) == make_load(random, 10)
+    for content in ("[]", "{", "5", json.dumps(rows[1:2])):
+        file.write_text(content)
+        with pytest.raises(Error, match="--dataset-path"):
+            make_load(arguments, 10)
+    with pytest.raises(Error, match="needs --dataset-path"):
+        make_load(build_parser().parse_args(["bench", "serving", "--dataset-name", "sharegpt"]), 10)
 
 
 def test_a_conversation_is_remembered(tmp_path: Path) -> None:

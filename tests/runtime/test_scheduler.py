@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from typing import Any
 
 import pytest
@@ -144,6 +145,15 @@ def test_a_prefix_is_found_only_with_the_same_tokens_before_it_and_the_same_salt
     assert not pool.match(other).chain, "the second block is equal, what stands before it is not"
     assert not pool.match(make_request(2, 12, 1, cache_salt="tenant")).chain
     assert not pool.match(make_request(3, 12, 1, prompt_logprobs=0)).chain, "every position has to be computed"
+
+
+def test_other_tokens_of_the_same_hash_are_other_tokens() -> None:
+    pool = BlockPool(10, 4)
+    finished(pool, make_request(0, 12, 1))
+    other = make_request(1, 12, 1)
+    other.prompt = [token + sys.hash_info.modulus for token in other.prompt]
+    assert hash(tuple(other.prompt)) == hash(tuple(range(12)))
+    assert not pool.match(other).chain
 
 
 def test_the_end_of_the_least_recently_used_prefix_goes_first() -> None:
