@@ -39,7 +39,7 @@ test-slow: .venv/installed
 	$(PYTEST) -m slow
 
 test-cuda: .venv/installed
-	$(BIN)/python -m pytest -m cuda tests/runtime/test_cuda.py tests/runtime/test_cuda_formats.py tests/runtime/test_cuda_models.py tests/quant/gpu_suite.py tests/runtime/operators_suite.py --durations=10
+	$(BIN)/python -m pytest -m cuda tests/runtime/test_cuda.py tests/runtime/test_cuda_formats.py tests/runtime/test_cuda_models.py tests/runtime/test_cuda_experts.py tests/attention/paged_suite.py tests/quant/gpu_suite.py tests/runtime/operators_suite.py --durations=10
 
 architectures: .venv/installed
 	$(BIN)/python -m tests.architectures --write

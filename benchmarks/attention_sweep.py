@@ -1,6 +1,6 @@
 """Finds the tile sizes of ``attention/kernels/tuned.py`` on the GPU at hand.
 
-    python -m benchmarks.attention_sweep [--processes 14] [--seconds 300]
+    python -m benchmarks.attention_sweep [--processes 14] [--seconds 300] [--only "varlen 128 bfloat16" ...]
 
 Builds all candidates first, in many processes, into Triton's cache; then times each on every case of its kind. The score of
 a candidate is its mean slowdown against the best of each case. Prints the best ones; all of them in JSON, on the last line.
@@ -32,6 +32,9 @@ from benchmarks.timing import print_json
 MODEL = torch.bfloat16
 CUDA = torch.device("cuda")
 BEYOND_CACHE = 128 << 20
+LATENT = 576
+EXPANDED = 192
+"""Of the keys that prompts make of latents."""
 
 
 class Group(NamedTuple):
@@ -44,39 +47,44 @@ class Group(NamedTuple):
     def __str__(self) -> str:
         return f"{self.kernel} {self.dim} {str(self.stored).removeprefix('torch.')}"
 
+    @property
+    def spec(self) -> AttentionSpec:
+        if self.dim == LATENT:
+            return AttentionSpec(128, 1, 576, 512, scale=192**-0.5, latent=True)
+        if self.dim == EXPANDED:
+            return AttentionSpec(32, 32, 192, 128, scale=192**-0.5)
+        return AttentionSpec(32, 8, self.dim, self.dim, scale=self.dim**-0.5)
+
     def cases(self) -> list[Case]:
-        spec = AttentionSpec(32, 8, self.dim, self.dim, scale=self.dim**-0.5)
-        if self.dim > 256:
-            spec = AttentionSpec(128, 1, 576, 512, scale=192**-0.5, latent=True)
+        """Batch, keys and new tokens of what is timed. Latents are attended to by short pieces of prompts only."""
         if self.kernel == "decode":
-            return [
-                Case(spec, batch, keys, 1, self.stored)
-                for batch, keys in ((32, 8192), (32, 1024), (1, 8192), (8, 4096))
-            ]
-        return [Case(spec, 1, 4096, 4096, self.stored), Case(spec, 4, 1024, 1024, self.stored)]
+            sizes = [(32, 8192, 1), (32, 1024, 1), (1, 8192, 1), (8, 4096, 1)]
+        elif self.dim == LATENT:
+            sizes = [(8, 4096, 16), (1, 8192, 64)]
+        else:
+            sizes = [(1, 8192, 8192), (1, 2048, 2048), (4, 1024, 1024)]
+        return [Case(self.spec, *size, self.stored) for size in sizes]
 
     def configs(self) -> Iterator[Config]:
         if self.kernel == "decode":
-            rows = [16] if self.dim <= 256 else [16, 32, 64]
-            keys = {64: (64, 128), 128: (32, 64, 128), 256: (16, 32, 64), 576: (16, 32)}[self.dim]
-            for shape in itertools.product(rows, keys, (2, 4, 8) if self.dim <= 128 else (4, 8), (2, 3, 4, 6)):
-                yield Config(*shape)
+            rows = (16, 32, 64) if self.dim == LATENT else (16,)
+            keys = {64: (64, 128), 128: (32, 64, 128), 256: (16, 32, 64), LATENT: (16, 32, 64)}[self.dim]
+            warps, stages = (2, 4, 8) if self.dim <= 128 else (4, 8), (2, 3, 4, 6)
         else:
-            rows = [64, 128] if self.dim <= 256 else [16, 64]
-            keys = {64: (64, 128), 128: (32, 64, 128), 256: (32, 64), 576: (16, 32)}[self.dim]
-            for shape in itertools.product(rows, keys, (4, 8), (1, 2, 3, 4)):
-                yield Config(*shape)
+            rows = (16, 32, 64) if self.dim == LATENT else (64, 128)
+            keys = (16, 32, 64) if self.dim == LATENT else (32, 64, 128)
+            warps, stages = (4, 8), (2, 3, 4)
+        for shape in itertools.product(rows, keys, warps, stages):
+            yield Config(*shape)
 
 
 def groups() -> list[Group]:
     half, codes = torch.bfloat16, (torch.float8_e4m3fn, torch.int8)
-    wide = [Group(kernel, dim, half) for dim in (64, 256, 576) for kernel in ("decode", "varlen")]
+    kernels = ("decode", "varlen")
     return [
-        Group("decode", 128, half),
-        Group("varlen", 128, half),
-        *(Group("decode", 128, stored) for stored in codes),
-        *(Group("varlen", 128, stored) for stored in codes[:1]),
-        *wide,
+        *(Group(kernel, 128, stored) for stored in (half, *codes) for kernel in kernels),
+        *(Group(kernel, dim, half) for dim in (64, 256, LATENT) for kernel in kernels),
+        Group("varlen", EXPANDED, half),
     ]
 
 
@@ -126,9 +134,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--processes", type=int, default=14)
     parser.add_argument("--seconds", type=float, default=300, help="groups that come later are left out")
+    parser.add_argument("--only", nargs="*", help="groups, as they are printed")
     arguments = parser.parse_args()
     begin = time.monotonic()
-    jobs = [(group, part) for group in groups() for part in _parts(list(group.configs()))]
+    chosen = [group for group in groups() if not arguments.only or str(group) in arguments.only]
+    jobs = [(group, part) for group in chosen for part in _parts(list(group.configs()))]
     with ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn")) as pool:
         answers = list(pool.map(build, *zip(*jobs, strict=True)))
     print(f"built in {time.monotonic() - begin:.0f} s", flush=True)

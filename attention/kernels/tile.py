@@ -48,18 +48,38 @@ def load_queries(
     q, rows, live, scale, K_DIM: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, SCALED: tl.constexpr,
     KIND: tl.constexpr,
 ):  # fmt: skip
-    """The queries at element offsets ``rows`` in the two pieces of the key dimension, and what scales their scores."""
+    """The queries at element offsets ``rows`` in the two pieces of the key dimension, and what scales their scores: one
+    number, or if ``SCALED`` one of each row."""
     q1 = load_rows(q, rows, tl.arange(0, K1), live, K_DIM, K1 > K_DIM, True)
     q2 = q1
     if K2 > 0:
         q2 = load_rows(q, rows, K1 + tl.arange(0, K2), live, K_DIM, K1 + K2 > K_DIM, True)
-    factor = tl.zeros(live.shape, tl.float32) + scale
+    factor = scale
     if SCALED:
         largest = tl.maximum(tl.max(tl.abs(q1.to(tl.float32)), 1), tl.max(tl.abs(q2.to(tl.float32)), 1))
         largest = tl.where(largest > 0, largest, 1.0)
         q1, q2 = q1.to(tl.float32) / largest[:, None], q2.to(tl.float32) / largest[:, None]
         factor = factor * largest
     return q1.to(KIND), q2.to(KIND), factor
+
+
+@triton.jit
+def of_rows(factor, SCALED: tl.constexpr):
+    """A factor of :func:`load_queries`, to multiply scores by."""
+    if SCALED:
+        return factor[:, None]
+    else:
+        return factor
+
+
+@triton.jit
+def find_pages(table, position, stop, PAGE: tl.constexpr, MASKED: tl.constexpr):
+    """The page of each position, of those from ``stop`` on page 0; unsigned, for which a division is a shift."""
+    entries = table + position.to(tl.uint32) // PAGE
+    if MASKED:
+        return tl.load(entries, mask=position < stop, other=0).to(tl.uint32)
+    else:
+        return tl.load(entries).to(tl.uint32)
 
 
 @triton.jit
@@ -100,16 +120,21 @@ def attend_range(
     ``LATENT``: values are the first part of the keys. If it is just the first of their two pieces, it is loaded once.
     """
     V_ROW: tl.constexpr = K_DIM if LATENT else V_DIM
-    d1, dv = tl.arange(0, K1), tl.arange(0, V_PADDED)
+    # The pages of a tile are found during the one before it, or the pipeline would spend a stage on finding them; over
+    # codes, which leave no registers for that, it does.
+    AHEAD: tl.constexpr = not SCALED
+    d1, dv, lanes = tl.arange(0, K1), tl.arange(0, V_PADDED), tl.arange(0, N)
     k_base, v_base = k_cache + head * K_DIM, v_cache + head * V_ROW
+    if AHEAD:
+        pages = find_pages(table, start + lanes, stop, PAGE, True)
     for tile in range(start, end, N):
-        position = tile + tl.arange(0, N)
+        position = tile + lanes
         live = position < stop
-        if MASKED:
-            page = tl.load(table + position // PAGE, mask=live, other=0)
-        else:
-            page = tl.load(table + position // PAGE)
-        slot = page.to(tl.int64) * PAGE + position % PAGE
+        if not AHEAD:
+            pages = find_pages(table, position, stop, PAGE, MASKED)
+        slot = (pages * PAGE + position.to(tl.uint32) % PAGE).to(tl.int64)
+        if AHEAD:
+            pages = find_pages(table, position + N, stop, PAGE, True)
 
         rows = slot * (HEADS * K_DIM)
         k1 = load_rows(k_base, rows, d1, live, K_DIM, K1 > K_DIM, MASKED)
@@ -119,11 +144,13 @@ def attend_range(
             scores = tl.dot(q2, tl.trans(decoded(k2, q2.dtype)), scores, input_precision="ieee")
         if SCALED:
             scores *= tl.load(k_scale + slot * HEADS + head, mask=live, other=0.0)[None, :]
-        power = factor * 1.4426950408889634
         if SOFTCAP:
             # tanh(x) is 2 * sigmoid(2 x) - 1
-            scores = (2.0 * tl.sigmoid(scores * (2.0 * factor / cap)[:, None]) - 1.0) * cap
-            power = tl.full(factor.shape, 1.4426950408889634, tl.float32)
+            scores = (2.0 * tl.sigmoid(scores * of_rows(2.0 * factor / cap, SCALED)) - 1.0) * (cap * 1.4426950408889634)
+            power, powers = 1.0, 1.0
+        else:
+            power = factor * 1.4426950408889634
+            powers = of_rows(power, SCALED)
         if MASKED:
             seen = position[None, :] <= seen_last[:, None]
             if BOUNDED:
@@ -134,7 +161,7 @@ def attend_range(
         offset = highest
         if MASKED:  # a row that has seen nothing yet: -inf less -inf would be NaN
             offset = tl.where(highest == float("-inf"), 0.0, highest)
-        weights = tl.exp2(scores * power[:, None] - offset[:, None])
+        weights = tl.exp2(scores * powers - offset[:, None])
         decay = tl.exp2(m - offset)
         total = total * decay + tl.sum(weights, 1)
         m = highest

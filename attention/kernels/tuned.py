@@ -1,8 +1,8 @@
 """Tile sizes, as data. A row of a table: the largest padded head dimension that a configuration is for, and the configuration.
 
-``HOPPER`` is for compute capability 9.0. Its rows of 128 were swept on an NVIDIA H100 80GB HBM3 with Triton 3.6
-(``python -m benchmarks.attention_sweep``) for bf16 and for decode over fp8; int8 takes what is good for fp8. The other rows
-and ``SAFE`` were not measured, but chosen so that nothing spills. ``SAFE`` fits the 99 KiB of shared memory that every
+``HOPPER`` is for compute capability 9.0. What is marked there was the best of those that spill nothing on an NVIDIA H100
+80GB HBM3 with Triton 3.6 (``python -m benchmarks.attention_sweep``); int8 takes what is good for fp8. The other rows and
+``SAFE`` were not measured, but chosen so that nothing spills. ``SAFE`` fits the 99 KiB of shared memory that every
 architecture from 8.0 on has.
 """
 
@@ -37,13 +37,14 @@ DECODE_SAFE: Table = {
 }
 DECODE_HOPPER: Table = {
     64: Config(16, 64, 4, 4, 2),
-    128: Config(16, 32, 4, 6, 2),
+    128: Config(16, 64, 4, 3, 2),  # measured
     256: Config(16, 32, 4, 3, 2),
-    1024: Config(16, 32, 4, 2, 2),
+    1024: Config(16, 32, 4, 3, 2),  # measured with latents of 576
 }
 DECODE_HOPPER_QUANTIZED: Table = {
     64: Config(16, 128, 4, 2, 4),
-    128: Config(16, 128, 4, 2, 4),
+    128: Config(16, 128, 4, 2, 4),  # measured
+    192: Config(16, 32, 8, 2, 2),
     256: Config(16, 32, 4, 2, 2),
     1024: Config(16, 32, 8, 2, 2),
 }
@@ -53,19 +54,16 @@ VARLEN_SAFE: Table = {
     256: Config(32, 32, 4, 2),
     1024: Config(16, 16, 4, 2),
 }
-VARLEN_HOPPER: Table = {
+VARLEN_HOPPER: Table = {  # measured, 192 with the keys that are made of latents, 1024 with latents of 576
     64: Config(128, 64, 4, 3),
-    128: Config(128, 32, 4, 3),
-    256: Config(128, 32, 8, 2),
-    1024: Config(16, 16, 4, 2),
+    128: Config(128, 64, 8, 3),
+    192: Config(128, 64, 8, 3),
+    256: Config(128, 32, 8, 3),
+    1024: Config(16, 32, 4, 2),
 }
-VARLEN_HOPPER_LONG: Table = VARLEN_HOPPER | {128: Config(128, 64, 8, 5)}
-"""Five stages, since finding a page takes every other one."""
-LONG = 4096
-"""New tokens of a sequence from which on these are better: 3 % for 8192, and 4 % worse for 2048."""
 VARLEN_HOPPER_QUANTIZED: Table = {
     64: Config(128, 64, 8, 2),
-    128: Config(128, 64, 8, 3),
+    128: Config(128, 64, 8, 3),  # measured
     256: Config(64, 32, 8, 2),
     1024: Config(16, 16, 4, 2),
 }
@@ -80,14 +78,10 @@ def decode_config(spec: AttentionSpec, model: torch.dtype, cache: torch.dtype, c
     return _look_up(table, spec, model, cache)
 
 
-def varlen_config(
-    spec: AttentionSpec, model: torch.dtype, cache: torch.dtype, capability: tuple[int, int], longest: int = 0
-) -> Config:
-    """``longest``: the most new tokens of a sequence."""
+def varlen_config(spec: AttentionSpec, model: torch.dtype, cache: torch.dtype, capability: tuple[int, int]) -> Config:
     table = VARLEN_SAFE
     if capability == HOPPER:
-        table = VARLEN_HOPPER_LONG if longest >= LONG else VARLEN_HOPPER
-        table = VARLEN_HOPPER_QUANTIZED if cache in LARGEST_CODE else table
+        table = VARLEN_HOPPER_QUANTIZED if cache in LARGEST_CODE else VARLEN_HOPPER
     return _look_up(table, spec, model, cache)
 
 

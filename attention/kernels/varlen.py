@@ -115,7 +115,7 @@ def varlen(
     """Fill the rows of ``out`` [T, H, Dv] that belong to sequences with two or more new tokens."""
     if config is None:
         capability = device_of(q.device.index).capability
-        config = varlen_config(spec, q.dtype, cache.dtype, capability, batch.max_query)
+        config = varlen_config(spec, q.dtype, cache.dtype, capability)
     group, sequences = spec.heads // spec.kv_heads, batch.kv_lens.shape[0]
     members = min(group, config.rows)
     programs = q.shape[0] // (config.rows // members) + sequences

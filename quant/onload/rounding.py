@@ -89,10 +89,10 @@ def _integers(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
     largest = 2**bits - 1
     if scheme.zero_point:
         low, high = grouped.amin(-1, keepdim=True).clamp(max=0), grouped.amax(-1, keepdim=True).clamp(min=0)
-        scale = nonzero(((high - low) / largest).to(weight.dtype).float())
+        scale = nonzero(_divided(high - low, largest).to(weight.dtype).float())
         zero = (-low / scale).round().clamp(0, largest)
     else:
-        scale = nonzero((grouped.abs().amax(-1, keepdim=True) / (largest / 2)).to(weight.dtype).float())
+        scale = nonzero(_divided(grouped.abs().amax(-1, keepdim=True), largest / 2).to(weight.dtype).float())
         zero = torch.full_like(scale, 2 ** (bits - 1))
     codes = ((grouped / scale).round_() + zero).clamp_(0, largest).to(torch.uint8)
     tensors = {"q": _packed(codes, weight, bits), "scale": scale.squeeze(-1).to(weight.dtype)}
@@ -101,7 +101,7 @@ def _integers(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
 
 def _fp8(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
     wide = weight.float()
-    scale = nonzero(wide.abs().amax(-1, keepdim=True) / FP8_MAX)
+    scale = nonzero(_divided(wide.abs().amax(-1, keepdim=True), FP8_MAX))
     return {"q": (wide / scale).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), "scale": scale}
 
 
@@ -113,6 +113,12 @@ def _e2m1(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
     codes = torch.searchsorted(sizes, values.abs()) + 8 * (values < 0)
     scale = (exponent.squeeze(-1) + 127).to(torch.uint8).view(torch.float8_e8m0fnu)
     return {"q": _packed(codes.to(torch.uint8), weight, 4), "scale": scale}
+
+
+def _divided(tensor: Tensor, number: float) -> Tensor:
+    """By a tensor: on a GPU torch multiplies by the reciprocal of a number, and the largest weight of a symmetric group,
+    which lies just between two codes, would get another one than on a CPU."""
+    return tensor / torch.full_like(tensor[:1], number)
 
 
 def _grouped(weight: Tensor, scheme: Scheme) -> Tensor:

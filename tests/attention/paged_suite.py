@@ -23,6 +23,7 @@ from tests.attention.agreement import QUANTIZED, WIDE, WIDE_LENGTHS, WIDE_STEPS,
 from tests.attention.paging import poisoned_cache, tensors_of
 from tests.attention.test_reference import BASE, SPECS
 
+pytestmark = pytest.mark.cuda
 DEVICE = torch.device("cpu" if interpreting() else "cuda")
 check = partial(agree, PagedBackend(), DEVICE)
 """Every forward gives what the reference gives, and leaves the same bytes in the cache."""

@@ -17,7 +17,7 @@ from attention import AttentionBatch, AttentionSpec, KVCache, UnsupportedAttenti
 from attention.kernels import decode, shape, store_kv, varlen
 from attention.kernels.decode import splits_of
 from attention.kernels.shape import split_key_dim
-from attention.kernels.tuned import LONG, Config, varlen_config
+from attention.kernels.tuned import Config, varlen_config
 from attention.paged import PagedBackend
 from tests.compiling import Build, builds
 
@@ -100,16 +100,9 @@ def test_kernels_of_128_fit_and_use_the_tensor_cores(capability: tuple[int, int]
 
 
 @WARNS
-def test_the_tiles_of_long_prompts_fit() -> None:
-    found = build(SM90, spec_of(128), BF16, BF16, LONG)["varlen_kernel"]
-    assert found.wgmma > 0
-    assert found.shared > build(SM90, spec_of(128), BF16, BF16, LONG - 1)["varlen_kernel"].shared, "others"
-
-
-@WARNS
 @pytest.mark.slow
 @pytest.mark.parametrize("stored", [BF16, FP8, INT8])
-@pytest.mark.parametrize("dims", [(64, 64), (256, 256), (576, 512)])
+@pytest.mark.parametrize("dims", [(64, 64), (192, 128), (256, 256), (576, 512)])
 @pytest.mark.parametrize("capability", [SM80, SM90])
 def test_every_other_configuration_does(
     capability: tuple[int, int], dims: tuple[int, int], stored: torch.dtype
@@ -124,7 +117,7 @@ def test_float32_fits(dim: int) -> None:
     build(SM80, spec_of(dim), torch.float32, torch.float32)
 
 
-CEILINGS = {BF16: (310, 680), FP8: (1210, 760), INT8: (1650, 930)}
+CEILINGS = {BF16: (387, 540), FP8: (1198, 718), INT8: (1643, 892)}
 """Instructions of the longest loop of decode and varlen for heads of 128 on sm_90, a tenth above what Triton 3.9 makes."""
 
 

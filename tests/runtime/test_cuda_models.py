@@ -60,6 +60,8 @@ OTHERS = (
 @pytest.mark.parametrize("model_type", [*RECURRENT, *OTHERS])
 def test_what_is_served_is_exact(model_type: str) -> None:
     finding = examine(model_type, device="cuda")
+    if finding.verdict in ("not built", "refused") and finding == examine(model_type):
+        pytest.skip(f"nor on the CPU with this version of Transformers: {finding.note}")
     assert finding.verdict == "exact", finding.note
 
 
