@@ -23,6 +23,7 @@ from quant.base import (
     Scheme,
     TensorSpec,
 )
+from quant.onload.base import OnLoad
 from quant.reference import dequantize
 from quant.siblings import Siblings, joined, joined_bias
 
@@ -135,6 +136,18 @@ def finish_together(layers: Sequence[QuantLinear]) -> None:
     first.quant_weight = weight
     first.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
     first.prepare()
+
+
+def quantize_linear(name: str, dense: nn.Linear, way: OnLoad, kernel: LinearKernel) -> QuantLinear:
+    """A dense layer, rounded; the layer itself is left as it is. Raises :class:`BadCheckpoint` on values that cannot be."""
+    shape = LinearShape(dense.in_features, dense.out_features, dense.bias is not None)
+    weight = dense.weight.detach()
+    with torch.device("meta"):
+        layer = QuantLinear(name, shape, way.scheme(shape), kernel, way.tensors(name, shape), weight.dtype)
+    layer.weight = weight
+    layer.bias = dense.bias
+    layer.finish(way)
+    return layer
 
 
 def repack(

@@ -19,7 +19,8 @@ class EngineConfig:
     ``quantization`` confirms a checkpoint's format, or names what a dense one is quantized to while it loads, with the options
     in ``quantization_config`` (:class:`quant.onload.options.Options`); ``kernel`` and ``attention_backend`` choose by name and
     fail rather than fall back. ``weight_only`` says whether layers' inputs are left alone where they would be quantized
-    (``None``: as the format's own library does on this device). ``max_model_len`` is the longest prompt and answer
+    (``None``: as the format's own library does on this device). ``lm_head_quantization`` (``int8``) rounds an output head that
+    the checkpoint keeps dense. ``max_model_len`` is the longest prompt and answer
     together, ``max_total_tokens`` (or ``kv_cache_memory``, bytes or ``"2GiB"``) the size of the KV cache,
     ``mem_fraction_static`` the most it may take of the memory that is free once the weights are loaded (``None``: half),
     ``max_num_batched_tokens`` the tokens of one forward pass and ``max_num_seqs`` the requests that run at once.
@@ -38,6 +39,7 @@ class EngineConfig:
     quantization_config: Mapping[str, Any] | None = None
     kernel: str | None = None
     weight_only: bool | None = None
+    lm_head_quantization: str | None = None
     attention_backend: str | None = None
     dtype: str | torch.dtype = "auto"
     device: str | torch.device = "auto"
@@ -91,6 +93,7 @@ class EngineConfig:
             "quantization_config": self.quantization_config,
             "kernel": self.kernel,
             "weight_only": self.weight_only,
+            "lm_head_quantization": self.lm_head_quantization,
             "trust_remote_code": self.trust_remote_code,
         }
 

@@ -43,6 +43,7 @@ def inspect(
     device: str | torch.device = "auto",
     attention_backend: str | None = None,
     weight_only: bool | None = None,
+    lm_head_quantization: str | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> Inspection:
@@ -57,6 +58,7 @@ def inspect(
         quantization_config=quantization_config,
         kernel=kernel,
         weight_only=weight_only,
+        lm_head_quantization=lm_head_quantization,
         trust_remote_code=trust_remote_code,
     )
     try:

@@ -24,7 +24,8 @@ class ModulePlan:
     kernel runs and who was asked before it. ``nbytes`` is the weight's size as the kernel holds it, ``packed_bytes`` without
     what the kernel adds, ``dropped`` the activation quantization that the checkpoint asks for and that is left out.
     ``transposed``: a dense weight of it is ``[in, out]``. ``dequantized``: once loaded it is an ``nn.Linear``. ``packed``: how
-    the weight of a module that is no linear layer is stored; it becomes dense."""
+    the weight of a module that is no linear layer is stored; it becomes dense. ``rounding``: what quantizes the weight once it
+    is loaded dense."""
 
     name: str
     shape: LinearShape
@@ -38,6 +39,12 @@ class ModulePlan:
     transposed: bool = False
     dequantized: bool = False
     packed: Scheme | None = None
+    rounding: OnLoad | None = None
+
+    @property
+    def read_quantized(self) -> bool:
+        """Whether it is quantized as soon as it is read."""
+        return self.scheme is not None and self.rounding is None
 
     @property
     def bf16_bytes(self) -> int:
@@ -96,9 +103,7 @@ def plan_linears(
             choice = lookup(scheme, shape, device) if shape.lookup else kernels.choose(scheme, shape, device, asked)
         except NoKernel as error:
             raise NoKernel(f"{name}: {error}") from error
-        refusals = [f"{other} refused: {why}" for other, why in choice.refusals.items()]
-        remarks = [remark] if isinstance(method, OnLoad) and (remark := method.remark(shape)) else []
-        reason = "; ".join([choice.kernel.summary, *remarks, *refusals])
+        reason = explained(choice, method.remark(shape) if isinstance(method, OnLoad) else None)
         scale = next((spec.dtype for local, spec in stored.items() if "scale" in local or local == "s"), torch.float32)
         scale = method.scale_dtype if isinstance(method, OnLoad) else scale
         held = kernels.held_bytes(choice.kernel, scheme, shape, scale)
@@ -111,6 +116,12 @@ def plan_linears(
             "The checkpoint is dense or damaged: remove quantization_config to load it as it is."
         )
     return plans
+
+
+def explained(choice: kernels.Choice, remark: str | None = None) -> str:
+    """What runs, and why nothing else does."""
+    refusals = [f"{other} refused: {why}" for other, why in choice.refusals.items()]
+    return "; ".join([choice.kernel.summary, *([remark] if remark else []), *refusals])
 
 
 def _plan_dequantized(

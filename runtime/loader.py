@@ -31,6 +31,7 @@ from quant.linear import QuantLinear, buffer_name, dequantize_packed, hold_packe
 from runtime.checkpoint import Checkpoint
 from runtime.errors import LoadError, some
 from runtime.fusion import finish_siblings
+from runtime.head import quantize_rounded
 from runtime.peak import measure_peak, peak_rss
 from runtime.plan import LoadPlan, make_plan
 from runtime.report import load_report
@@ -68,14 +69,14 @@ class PlannedQuantizer(HfQuantizer):
         known = model._keys_to_ignore_on_load_unexpected or ()
         model._keys_to_ignore_on_load_unexpected = {*known, *unexpected}
         # A quantized layer has no weight that it could share with the embedding.
-        replaced = {f"{module.name}.weight" for module in plan.quantized}
+        replaced = {f"{module.name}.weight" for module in plan.read_quantized}
         ties: Any = getattr(model, "all_tied_weights_keys", {})
         if plan.on_load:
             self.streaming = Streaming(plan, ties)
         for name in [name for name, source in ties.items() if replaced & {name, source}]:
             del ties[name]
         with torch.device("meta"):
-            for module in plan.quantized:
+            for module in plan.read_quantized:
                 assert module.scheme is not None
                 assert module.choice is not None
                 meaning = (module.name, module.shape, module.scheme)
@@ -144,7 +145,7 @@ class PlannedQuantizer(HfQuantizer):
     def get_weight_conversions(self) -> list[Any]:
         """Stored names that no buffer can have."""
         plan: LoadPlan = self.quantization_config.plan
-        stored = {local for module in (*plan.quantized, *plan.unpacked) for local in module.stored}
+        stored = {local for module in (*plan.read_quantized, *plan.unpacked) for local in module.stored}
         dotted = sorted(local for local in stored if buffer_name(local) != local)
         return [WeightRenaming(rf"\.{re.escape(local)}$", f".{buffer_name(local)}") for local in dotted]
 
@@ -192,13 +193,14 @@ def load(plan: LoadPlan, attn_implementation: str | None = None) -> LoadedModel:
                 use_safetensors=True,
                 output_loading_info=True,
             )
+            _check_report(plan, model, info)
+            quantize_rounded(model, plan)
     except QuantError as error:
         raise LoadError(f"{plan.checkpoint.folder}: {error}") from error
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         raise LoadError(f"{plan.checkpoint.folder}: Transformers could not load it: {error}") from error
     for carrier in (config, model.config):  # it would be saved, and name a file that is not there
         vars(carrier).pop("transformers_weights", None)
-    _check_report(plan, model, info)
     model.eval()
     return LoadedModel(model, plan, time.perf_counter() - started, peak_rss(), peak.growth)
 
@@ -213,6 +215,7 @@ def load_model(
     device: str | torch.device = "auto",
     attn_implementation: str | None = None,
     weight_only: bool | None = None,
+    lm_head_quantization: str | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> nn.Module:
@@ -223,7 +226,8 @@ def load_model(
     checkpoint, or names what a dense one is quantized to while it loads (``fp8``, ``int4``, ``bitsandbytes``, ...:
     :data:`quant.onload.NAMES`), with the options of :class:`quant.onload.options.Options` in ``quantization_config``.
     ``kernel`` chooses what multiplies, ``weight_only`` says whether the quantization of inputs that a checkpoint may ask
-    for is left out (``None``: as the format's own library does on this device). Raises :class:`LoadError`.
+    for is left out (``None``: as the format's own library does on this device), ``lm_head_quantization`` what a dense output
+    head is rounded to (``int8``). Raises :class:`LoadError`.
     """
     checkpoint = Checkpoint.open(path, revision, code=trust_remote_code)
     plan = make_plan(
@@ -234,6 +238,7 @@ def load_model(
         quantization_config=quantization_config,
         kernel=kernel,
         weight_only=weight_only,
+        lm_head_quantization=lm_head_quantization,
         trust_remote_code=trust_remote_code,
     )
     loaded = load(plan, attn_implementation)

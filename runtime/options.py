@@ -12,8 +12,8 @@ from typing import Any
 from runtime.foreign_options import foreign_options
 
 LOADING = (
-    "quantization", "quantization_config", "kernel", "weight_only", "attention_backend", "dtype", "device",
-    "trust_remote_code", "revision",
+    "quantization", "quantization_config", "kernel", "weight_only", "lm_head_quantization", "attention_backend", "dtype",
+    "device", "trust_remote_code", "revision",
 )  # fmt: skip
 ENGINE = (
     "tokenizer", "skip_tokenizer_init", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_total_tokens",
@@ -42,6 +42,11 @@ def loading_options(parser: argparse.ArgumentParser) -> None:
         "--weight-only",
         action=argparse.BooleanOptionalAction,
         help="leave layers' inputs alone where the checkpoint wants them quantized; default: as the format's own library",
+    )
+    group.add_argument(
+        "--lm-head-quantization",
+        metavar="WAY",
+        help="int8: rounds an output head that is stored dense (default: left alone)",
     )
     group.add_argument("--attention-backend", metavar="NAME", help="what attends; default: the best here")
     group.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 (half) or float32 (default: auto)")

@@ -22,6 +22,7 @@ from runtime.accounting import Account, balance
 from runtime.checkpoint import Checkpoint, tensor_bytes
 from runtime.errors import LoadError, some
 from runtime.expert_plan import ExpertPlan, plan_experts
+from runtime.head import plan_head
 from runtime.linear_plan import ModulePlan, plan_linears
 from runtime.naming import rename_headers
 from runtime.quantization import resolve_method
@@ -66,9 +67,13 @@ class LoadPlan:
         return [module for module in self.modules.values() if module.scheme is not None]
 
     @property
+    def read_quantized(self) -> list[ModulePlan]:
+        return [module for module in self.modules.values() if module.read_quantized]
+
+    @property
     def sparse(self) -> list[ModulePlan]:
         """Dense layers that are stored without their zeros."""
-        dense = (module for module in self.modules.values() if module.scheme is None and module.packed is None)
+        dense = (module for module in self.modules.values() if not module.read_quantized and module.packed is None)
         return [module for module in dense if module.stored]
 
     @property
@@ -96,18 +101,19 @@ class LoadPlan:
     def peak_bytes(self) -> int:
         """Largest memory during loading: every layer as stored or as its kernel holds it, whichever is larger, and, beside
         them, the layer that is being repacked, whose codes take a byte each while they change order. Quantized while
-        loading: everything as it is in the end, and one layer."""
-        largest = max((module.bf16_bytes for module in self.quantized), default=0)
+        loading: everything as it is in the end, and one layer. A head that is quantized after that is there twice."""
+        largest = max((module.bf16_bytes for module in self.read_quantized), default=0)
+        twice = sum(m.bf16_bytes * self.dtype.itemsize // 2 for m in self.quantized if m.rounding)
         if self.on_load:
             for stack in self.experts.stacks.values():  # all experts of a layer come at once
                 largest = max(
                     largest, sum(self.modules[part.removesuffix(".weight")].bf16_bytes for part in stack.parts)
                 )
-            return self.weight_bytes + largest * self.dtype.itemsize // 2 + WORKING_BYTES
+            return self.weight_bytes + max(twice, largest * self.dtype.itemsize // 2) + WORKING_BYTES
         stored = (
-            sum(tensor_bytes(spec) for spec in module.stored.values()) - module.nbytes for module in self.quantized
+            sum(tensor_bytes(spec) for spec in module.stored.values()) - module.nbytes for module in self.read_quantized
         )
-        return self.weight_bytes + sum(more for more in stored if more > 0) + largest
+        return self.weight_bytes + sum(more for more in stored if more > 0) + max(twice, largest)
 
     def dequantizing(self, names: Collection[str], reason: str) -> Self:
         """The same, but the linear layers of these names are dense once they are loaded."""
@@ -153,6 +159,7 @@ def make_plan(
     quantization_config: Mapping[str, Any] | None = None,
     kernel: str | None = None,
     weight_only: bool | None = None,
+    lm_head_quantization: str | None = None,
     trust_remote_code: bool = False,
 ) -> LoadPlan:
     """The plan for a checkpoint on a device.
@@ -160,7 +167,8 @@ def make_plan(
     ``quantization`` confirms the format of a quantized checkpoint; with the options in ``quantization_config`` it says what a
     dense one is quantized to. ``kernel`` chooses the kernel; neither affects the other. ``weight_only`` true leaves the
     inputs of layers alone where the checkpoint wants them quantized, false never does; ``None`` does
-    what the format's own library does on this device. Raises :class:`LoadError`; tensors without owner or source are
+    what the format's own library does on this device. ``lm_head_quantization`` (:data:`runtime.head.WAYS`) says what a dense
+    output head is rounded to. Raises :class:`LoadError`; tensors without owner or source are
     left to :meth:`LoadPlan.require_complete`.
     """
     place = resolve_device(device)
@@ -175,7 +183,7 @@ def make_plan(
     try:
         named = {**headers.tensors, **headers.aliases}  # configurations name experts as the file does
         method = resolve_method(checkpoint, named, model, precision, quantization, quantization_config)
-        if kernel is not None and method is None:
+        if kernel is not None and method is None and lm_head_quantization is None:
             kernels.create(kernel)
             raise NoKernel(
                 f"--kernel {kernel} multiplies by quantized weights, and this checkpoint has none. Leave it out."
@@ -187,6 +195,12 @@ def make_plan(
     quantized = {name: {*module.stored, "bias"} for name, module in modules.items() if module.stored and not on_load}
     account = balance(checkpoint, model, headers, quantized, method.ignored if method else lambda name: None)
     other = _other_bytes(model, modules, precision)
+    if lm_head_quantization is not None:
+        try:
+            head = plan_head(model, modules, precision, place, lm_head_quantization, kernel)
+        except QuantError as error:
+            raise LoadError(f"{checkpoint.folder}: {error}") from error
+        modules = {**modules, head.name: head}
     stored = {name.rpartition(".")[0] for name in (*headers.tensors, *checkpoint.tensors)}
     names = {name for name, _ in model.named_modules()} | stored
     unmatched = tuple(method.unmatched(names - {""})) if method else ()

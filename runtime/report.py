@@ -120,10 +120,9 @@ def inspect_text(plan: LoadPlan, attention: Sequence[tuple[str, str]]) -> str:
         key = (re.sub(r"\d+", "N", module.name), module.shape, module.scheme, module.kernel, module.reason)
         groups.setdefault(key, []).append(module)
     for (_, _, scheme, kernel, reason), modules in groups.items():
-        assert scheme is None or plan.method is not None
         name = f"{_collapse([m.name for m in modules])} {modules[0].shape}"
         bits = str(scheme.kind.bits) if scheme else str(8 * plan.dtype.itemsize)
-        kind = plan.method.name if scheme and plan.method else "dense"
+        kind = _format(plan, modules[0])
         size = format_bytes(sum(m.nbytes for m in modules))
         rows.append((name, kind, bits, str(scheme.group) if scheme else "-", kernel, size, reason))
     lines = [
@@ -157,7 +156,7 @@ def inspect_data(plan: LoadPlan, attention: Sequence[tuple[str, str]]) -> dict[s
         "modules": [
             {
                 "name": module.name,
-                "format": plan.method.name if module.scheme and plan.method else "dense",
+                "format": _format(plan, module),
                 "in_features": module.shape.in_features,
                 "out_features": module.shape.out_features,
                 "bits": module.scheme.kind.bits if module.scheme else 8 * plan.dtype.itemsize,
@@ -176,6 +175,11 @@ def inspect_data(plan: LoadPlan, attention: Sequence[tuple[str, str]]) -> dict[s
         "unclaimed": list(plan.account.unclaimed),
         "missing": list(plan.account.missing),
     }
+
+
+def _format(plan: LoadPlan, module: ModulePlan) -> str:
+    method = module.rounding or plan.method
+    return method.name if module.scheme and method else "dense"
 
 
 def _dtype(dtype: torch.dtype) -> str:

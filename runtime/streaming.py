@@ -26,7 +26,7 @@ class Streaming:
         self.error: Exception | None = None
         self.joined = {name for names in plan.siblings for name in names}
         self.feeds: dict[str, list[str]] = {}
-        for module in plan.quantized:
+        for module in plan.read_quantized:
             weight = f"{module.name}.weight"
             for source in {weight, ties.get(weight, weight)}:
                 self.feeds.setdefault(source, []).append(module.name)
@@ -34,7 +34,7 @@ class Streaming:
     @property
     def bytes_per_weight(self) -> float:
         """In the end, on average; Transformers reserves memory by it."""
-        modules = self.plan.quantized
+        modules = self.plan.read_quantized
         count = sum(module.shape.in_features * module.shape.out_features for module in modules)
         return sum(module.nbytes for module in modules) / count
 

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from quant.base import QuantError, QuantWeight
+from quant.onload.base import OnLoad
 from runtime.errors import LoadError
 from runtime.linear_plan import ModulePlan
 from runtime.naming import Headers, rename_headers
@@ -40,7 +41,7 @@ class StoredWeights:
                 files |= dict.fromkeys(file.keys(), path)
         ties = dict(getattr(model, "all_tied_weights_keys", {}))
         weights = cls(plan, rename_headers(plan.checkpoint, model, plan.experts), files, ties)
-        for module in plan.quantized:
+        for module in plan.read_quantized:
             for local in module.stored:
                 weights.source(f"{module.name}.{local}")
         return weights
@@ -64,13 +65,15 @@ class StoredWeights:
 
     def quantized(self, module: ModulePlan) -> QuantWeight:
         """The canonical weight of a quantized layer. Raises :class:`LoadError` if its values cannot be."""
-        assert self.plan.method is not None
+        method = module.rounding or self.plan.method
+        assert method is not None
         assert module.scheme is not None
-        tensors = {local: self.tensor(self.source(f"{module.name}.{local}")) for local in module.stored}
-        if self.plan.on_load:  # as loading hands it over
+        stored = ["weight"] if module.rounding else module.stored
+        tensors = {local: self.tensor(self.source(f"{module.name}.{local}")) for local in stored}
+        if isinstance(method, OnLoad):  # as loading hands it over
             tensors["weight"] = module.oriented(tensors["weight"].to(self.plan.dtype))
         try:
-            return self.plan.method.repack(tensors, module.scheme, module.shape)
+            return method.repack(tensors, module.scheme, module.shape)
         except QuantError as error:
             raise LoadError(f"{module.name}: {error}") from error
 
@@ -82,7 +85,9 @@ class StoredWeights:
         """What is wrong with stored values by themselves, tensor by tensor: NaN and infinity, where they are numbers."""
         method = self.plan.method
         opaque = {
-            f"{module.name}.{local}" for module in self.plan.quantized for local in (method.opaque if method else ())
+            f"{module.name}.{local}"
+            for module in self.plan.read_quantized
+            for local in (method.opaque if method else ())
         }
         for name in self.headers.sources:
             if name in opaque or name in self.plan.account.ignored:

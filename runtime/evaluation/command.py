@@ -108,7 +108,7 @@ def show_difference(arguments: argparse.Namespace) -> int:
     if candidate == reference:
         raise InvalidRequest(
             "nothing differs between the sides: give a CANDIDATE, or what is to be tried of the same checkpoint: "
-            "--kernel, --attention-backend, --kv-cache-dtype, --quantization, --reference-dtype."
+            "--kernel, --attention-backend, --kv-cache-dtype, --quantization, --lm-head-quantization, --reference-dtype."
         )
     result = compare(
         reference,

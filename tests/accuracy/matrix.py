@@ -100,6 +100,7 @@ ROWS = {
         Row("fp4-b64", "float", kind=WeightKind.FP4, group=64),
         Row("mxfp4", "float", kind=WeightKind.E2M1, group=32),
         _on_load("int4"), _on_load("fp8"), _on_load("mxfp4"),
+        Row("head-int8", "on load", _plain("demo-bf16", lm_head_quantization="int8", kernel="reference")),
         Row("w8a8-int8", "inputs or KV", kind=WeightKind.INT8, activation=Activation(WeightKind.INT8), tolerance=ROUNDED),
         _cache("int8"), _cache("fp8_e4m3"),
     )

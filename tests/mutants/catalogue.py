@@ -160,8 +160,8 @@ MUTANTS = (
     Mutant(
         "one layer left dense",
         "runtime/loader.py",
-        "            for module in plan.quantized:\n",
-        "            for module in plan.quantized[1:]:\n",
+        "            for module in plan.read_quantized:\n",
+        "            for module in plan.read_quantized[1:]:\n",
         (f"{LOGITS}[autoawq--gemm-g128]",),
     ),
     Mutant(
