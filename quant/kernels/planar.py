@@ -133,6 +133,6 @@ def planar(weight: QuantWeight, width: int) -> PlanarWeight:
         layout="planar",
         group=columns,
         filled=order is not None and order.numel() > inputs,
-        values=None if table is None else tuple(table.tolist()),
+        values=None if table is None or table.is_meta else tuple(table.tolist()),
         counters=torch.zeros(MOST_TILES, dtype=torch.int32, device=codes.device),
     )

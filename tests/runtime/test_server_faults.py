@@ -451,7 +451,7 @@ def test_whoever_is_served_beside_all_this_notices_nothing(server: Served) -> No
 def test_the_key_the_wait_and_the_end_have_their_limits(tmp_path: Any) -> None:
     file = tmp_path / "keys"
     file.write_text("first key\nsecond\n")
-    flags = ("--queue-timeout", "0.5", "--max-running-requests", "1", "--shutdown-timeout", "0.3")
+    flags = ("--queue-timeout", "0.1", "--max-running-requests", "1", "--shutdown-timeout", "0.1")
     with Served("--api-key-file", str(file), *flags) as server:
         headers = {"authorization": "Bearer first key"}
         routes = server.get("/openapi.json", headers=headers).json()["paths"]
@@ -471,7 +471,7 @@ def test_the_key_the_wait_and_the_end_have_their_limits(tmp_path: Any) -> None:
             next(pieces)
             waited = server.post("/v1/completions", GREEDY, headers=headers)
             assert waited.status_code == 429
-            assert "queue_timeout is 0.5 s" in waited.text
+            assert "queue_timeout is 0.1 s" in waited.text
             # And an answer that does not end in time after a signal ends with an error.
             server.process.terminate()
             assert "shutting down" in list(pieces)[-1]["error"]["message"]

@@ -74,7 +74,7 @@ class Soak:
         pending = [(part * seconds, end) for part, end in ends]
         try:
             self._begin(server)
-            while (spent := time.monotonic() - began) < seconds:
+            while (spent := time.monotonic() - began) < seconds or pending:
                 end = pending.pop(0)[1] if pending and spent >= pending[0][0] else None
                 asyncio.run(self._round(server, round_seconds, end))
                 if end is None:
