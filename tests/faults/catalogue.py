@@ -31,33 +31,35 @@ class Fault:
     tests: tuple[str, ...]
 
 
-FAULTS_FILE, LOAD, ALONE, FUZZ = (f"test_server_{name}.py::" for name in ("faults", "resources", "one_request", "fuzz"))
-BODIES = f"{FAULTS_FILE}test_bodies_of_every_kind"
+BODY, NETWORK, PROCESS, LOAD, ALONE, FUZZ = (
+    f"test_server_{name}.py::" for name in ("bodies", "network", "process", "resources", "one_request", "fuzz")
+)
+BODIES = f"{BODY}test_bodies_of_every_kind"
 FORMS = "test_server.py::test_a_bad_form_is_that_requests_400"
-GATE = f"{FAULTS_FILE}test_what_the_gate_refuses"
-LIMITS = f"{FAULTS_FILE}test_the_key_the_wait_and_the_end_have_their_limits"
+GATE = f"{BODY}test_what_the_gate_refuses"
+LIMITS = f"{PROCESS}test_the_key_the_wait_and_the_end_have_their_limits"
 
 FAULTS = (
     Fault("process", "kill -9 in the middle of a stream", "the client sees a broken stream; the port can be used again", (
         f"{LOAD}test_after_kill_minus_nine_streams_are_broken_and_descriptors_may_be_few",
-        f"{FAULTS_FILE}test_after_kill_minus_nine_the_port_is_free_and_a_signal_lets_answers_end",
+        f"{PROCESS}test_after_kill_minus_nine_the_port_is_free_and_a_signal_lets_answers_end",
     )),
     Fault("process", "SIGTERM with three streams", "new work 503, the streams end whole, exit 0", (
-        f"{FAULTS_FILE}test_after_kill_minus_nine_the_port_is_free_and_a_signal_lets_answers_end",
+        f"{PROCESS}test_after_kill_minus_nine_the_port_is_free_and_a_signal_lets_answers_end",
     )),
     Fault("process", "SIGTERM with a stream that does not end in time", "its last event is an error, exit 0", (LIMITS,)),
     Fault("process", "SIGSTOP and SIGCONT, for longer than the watchdog waits", "it goes on where it was", (
         f"{LOAD}test_a_stopped_process_goes_on_where_it_was",
     )),
     Fault("process", "the engine's thread hangs", "/health 503, then exit 70", (
-        f"{FAULTS_FILE}test_a_hanging_forward_pass_is_unhealthy_and_then_ends_the_process",
+        f"{PROCESS}test_a_hanging_forward_pass_is_unhealthy_and_then_ends_the_process",
     )),
     Fault("process", "the engine's thread dies", "every stream ends with an error, who waits is told, exit 70", (
-        f"{FAULTS_FILE}test_a_failed_forward_pass_ends_every_stream_and_the_process",
-        f"{FAULTS_FILE}test_whoever_waits_for_an_engine_that_dies_is_told",
+        f"{PROCESS}test_a_failed_forward_pass_ends_every_stream_and_the_process",
+        f"{PROCESS}test_whoever_waits_for_an_engine_that_dies_is_told",
     )),
     Fault("process", "a model that cannot be loaded", "/health 503, exit 1, one sentence", (
-        f"{FAULTS_FILE}test_loading_is_not_healthy_and_a_bad_model_ends_the_process",
+        f"{PROCESS}test_loading_is_not_healthy_and_a_bad_model_ends_the_process",
     )),
     Fault("process", "no memory for one request, in the queue, its grammar or its tokens", "500, and nobody else's", (
         f"{ALONE}test_it_fails_alone",
@@ -70,50 +72,50 @@ FAULTS = (
     )),
     Fault("network", "a client that reads slowly", "gets everything, delays nobody", (
         f"{LOAD}test_who_reads_slowly_but_steadily_is_not_dropped",
-        f"{FAULTS_FILE}test_a_slow_reader_delays_nobody_and_still_gets_everything",
+        f"{NETWORK}test_a_slow_reader_delays_nobody_and_still_gets_everything",
     )),
     Fault("network", "headers that come slowly or never", "closed after 30 s, whatever trickles in", (
-        f"{FAULTS_FILE}test_headers_that_do_not_come_are_not_waited_for",
+        f"{NETWORK}test_headers_that_do_not_come_are_not_waited_for",
     )),
     Fault("network", "more idle connections than descriptors", "the longest idle make room; all at work: 503", (
         f"{LOAD}test_after_kill_minus_nine_streams_are_broken_and_descriptors_may_be_few",
-        f"{FAULTS_FILE}test_many_idle_connections_and_bad_ones_leave_no_descriptor",
+        f"{NETWORK}test_many_idle_connections_and_bad_ones_leave_no_descriptor",
     )),
     Fault("network", "no descriptor left at all", "one line in the log, and it goes on", (
         f"{LOAD}test_without_a_descriptor_it_says_so_and_goes_on",
     )),
     Fault("network", "disconnect before the first token, in the middle, not streamed", "blocks free within a step", (
-        f"{FAULTS_FILE}test_a_client_that_leaves_frees_its_blocks_at_once",
-        f"{FAULTS_FILE}test_leaving_takes_effect_within_a_few_steps",
+        f"{NETWORK}test_a_client_that_leaves_frees_its_blocks_at_once",
+        f"{NETWORK}test_leaving_takes_effect_within_a_few_steps",
         "test_server_clients.py::test_a_cancelled_task_frees_its_blocks",
     )),
     Fault("network", "disconnect in the queue", "the others' answers are unchanged", (
-        f"{FAULTS_FILE}test_clients_that_leave_the_queue_disturb_nobody",
+        f"{NETWORK}test_clients_that_leave_the_queue_disturb_nobody",
     )),
     Fault("network", "half-close", "taken as leaving", (
-        f"{FAULTS_FILE}test_a_client_that_only_closes_its_sending_half_has_left",
+        f"{NETWORK}test_a_client_that_only_closes_its_sending_half_has_left",
     )),
     Fault("network", "pipelined requests", "both answered, in order", (
-        f"{FAULTS_FILE}test_two_requests_in_one_packet_are_both_answered",
+        f"{NETWORK}test_two_requests_in_one_packet_are_both_answered",
     )),
     Fault("network", "a body without an end, half a request", "closed; nothing is held", (
-        f"{FAULTS_FILE}test_half_requests_and_idle_connections",
+        f"{NETWORK}test_half_requests_and_idle_connections",
     )),
     Fault("network", "many large bodies at once", "503 for those beyond 32 times --max-body-bytes", (
-        f"{FAULTS_FILE}test_bodies_together_have_a_limit",
+        f"{BODY}test_bodies_together_have_a_limit",
     )),
     Fault("network", "all of this beside a stream", "the stream is what it is alone", (
-        f"{FAULTS_FILE}test_whoever_is_served_beside_all_this_notices_nothing",
+        f"{NETWORK}test_whoever_is_served_beside_all_this_notices_nothing",
     )),
     Fault("network", "compressed bodies", "415, never unpacked", (GATE,)),
     Fault("network", "a refusal while the body is still being sent", "the client gets the reason, not a reset", (
-        f"{FAULTS_FILE}test_a_refusal_reaches_who_is_still_sending",
+        f"{BODY}test_a_refusal_reaches_who_is_still_sending",
     )),
     Fault("network", "what is no HTTP", "400 in JSON", (
-        f"{FAULTS_FILE}test_what_is_no_http_is_answered_like_everything_else",
+        f"{NETWORK}test_what_is_no_http_is_answered_like_everything_else",
     )),
     Fault("network", "more requests than the queue takes, or a long wait in it", "429 with Retry-After", (
-        f"{FAULTS_FILE}test_too_many_are_told_to_come_later", LIMITS,
+        f"{NETWORK}test_too_many_are_told_to_come_later", LIMITS,
     )),
     Fault("request", "malformed, deeply nested, NaN and Infinity, integers of 5000 digits", "400; of repeated keys the last", (
         BODIES, f"{FUZZ}test_bytes_that_are_no_body",
@@ -124,10 +126,10 @@ FAULTS = (
     Fault("request", "empty prompts, only special tokens, 10 MB, ids out of the vocabulary", "answered or 400", (BODIES, GATE)),
     Fault("request", "lone surrogates, invalid UTF-8, NUL", "answered or 400", (BODIES,)),
     Fault("request", "control characters for the log", "escaped", (
-        f"{FAULTS_FILE}test_a_request_cannot_forge_a_line_of_the_log",
+        f"{BODY}test_a_request_cannot_forge_a_line_of_the_log",
     )),
     Fault("request", "large, recursive or wrong schemas, catastrophic expressions", "400, or served", (
-        BODIES, FORMS, f"{FAULTS_FILE}test_a_grammar_that_fails_on_the_way_is_that_requests_400",
+        BODIES, FORMS, f"{BODY}test_a_grammar_that_fails_on_the_way_is_that_requests_400",
     )),
     Fault("request", "templates that do not end or reach for Python", "400 in time", (
         "test_server_template.py::test_a_template_that_does_not_end_is_stopped",
@@ -142,11 +144,11 @@ FAULTS = (
     )),
     Fault("request", "the same seed, or the same id, in mixed batches", "the same answer, twice", (
         "test_server_clients.py::test_many_at_once_get_what_each_gets_alone",
-        f"{FAULTS_FILE}test_two_requests_of_one_name_are_two",
+        f"{NETWORK}test_two_requests_of_one_name_are_two",
     )),
     Fault("request", "no key, a wrong one, an extra-long one", "401 on every route but /health", (LIMITS,)),
     Fault("request", "a Host that is not this one, URLs to fetch, templates and code", "403, 400; nothing is fetched", (
-        GATE, f"{FAULTS_FILE}test_messages_of_every_kind",
+        GATE, f"{BODY}test_messages_of_every_kind",
     )),
 )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The table of faults is true to the list, names tests that exist, and every test of the three files is in it."""
+"""The table of faults is true to the list, names tests that exist, and every test of the five files is in it."""
 
 from __future__ import annotations
 
@@ -23,5 +23,6 @@ def test_what_is_named_exists_and_what_exists_is_named() -> None:
     for test in named:
         file, _, function = test.partition("::")
         assert function in functions(file), test
-    for file in ("test_server_faults.py", "test_server_resources.py", "test_server_one_request.py"):
+    for kind in ("bodies", "network", "process", "resources", "one_request"):
+        file = f"test_server_{kind}.py"
         assert not {f"{file}::{function}" for function in functions(file)} - named

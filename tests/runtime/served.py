@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 import resource
 import signal
+import socket
 import ssl
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,6 +24,8 @@ CHAT_TEMPLATE = """{% for message in messages %}<|{{ message.role }}|>
 {{ message.content }}
 {% endfor %}{% if add_generation_prompt %}<|assistant|>
 {% endif %}"""
+GREEDY = {"prompt": "def main():\n", "max_tokens": 12, "temperature": 0}
+LONG = {"prompt": "import os\n", "max_tokens": 900, "temperature": 0, "ignore_eos": True, "stream": True}
 START_SECONDS = 60.0
 PLAIN = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 """Given to every call over http: without one, each would read all certificates of this machine first, for 20 ms."""
@@ -64,10 +69,10 @@ class Served:
         return self._log.read_text(errors="replace")
 
     def get(self, path: str, **options: Any) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=30, verify=PLAIN, **options)
+        return httpx.get(self.url + path, **{"timeout": 30, "verify": PLAIN, **options})
 
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=60, verify=PLAIN, **options)
+        return httpx.post(self.url + path, json=body, **{"timeout": 60, "verify": PLAIN, **options})
 
     def metric(self, name: str) -> float:
         """The sum of a metric over its labels."""
@@ -125,3 +130,39 @@ def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def events(response: httpx.Response) -> Iterator[dict[str, Any]]:
+    """The JSON of the server-sent events, without the end mark."""
+    for line in response.iter_lines():
+        if line.startswith("data: ") and line != "data: [DONE]":
+            yield json.loads(line.removeprefix("data: "))
+
+
+def read_stream(server: Served, body: dict[str, Any], into: list[dict[str, Any]]) -> threading.Thread:
+    """Read a stream to its end on a thread of its own; returns once its first event is there."""
+
+    def read() -> None:
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
+            for piece in events(response):
+                into.append(piece)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    while not into and thread.is_alive():
+        time.sleep(0.01)
+    return thread
+
+
+def raw(server: Served, content: bytes, seconds: float = 2.0) -> socket.socket:
+    """A connection on which this has been sent."""
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    connection = socket.create_connection((host, int(port)), timeout=seconds)
+    connection.sendall(content)
+    return connection
+
+
+def post_bytes(fields: dict[str, Any]) -> bytes:
+    content = json.dumps(fields).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n"
+    return head.encode() + b"Content-Type: application/json\r\n\r\n" + content

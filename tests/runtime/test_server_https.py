@@ -11,8 +11,7 @@ import httpx
 import pytest
 
 from runtime.cli import main
-from tests.runtime.served import Served
-from tests.runtime.test_server_faults import GREEDY
+from tests.runtime.served import GREEDY, Served
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make certificates")
 PASSWORD = "a pass phrase"

@@ -8,8 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.runtime.served import Served, until
-from tests.runtime.test_server_faults import GREEDY, LONG, events, read_stream
+from tests.runtime.served import GREEDY, LONG, Served, events, read_stream, until
 
 # Which request it happens to is told by its seed.
 FAULTS = """

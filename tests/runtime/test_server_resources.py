@@ -13,8 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.runtime.served import Served, until
-from tests.runtime.test_server_faults import GREEDY, LONG, events, post_bytes, raw
+from tests.runtime.served import GREEDY, LONG, Served, events, post_bytes, raw, until
 
 IMPATIENT = "import runtime.server.connection as c\nc.WRITE_SECONDS = 1.5"
 FEW = 64
