@@ -69,10 +69,10 @@ class Served:
         return self._log.read_text(errors="replace")
 
     def get(self, path: str, **options: Any) -> httpx.Response:
-        return httpx.get(self.url + path, **{"timeout": 30, "verify": PLAIN, **options})
+        return httpx.get(self.url + path, timeout=30, **{"verify": PLAIN, **options})
 
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, **{"timeout": 60, "verify": PLAIN, **options})
+        return httpx.post(self.url + path, json=body, timeout=60, **{"verify": PLAIN, **options})
 
     def metric(self, name: str) -> float:
         """The sum of a metric over its labels."""
