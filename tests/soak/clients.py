@@ -96,6 +96,8 @@ async def leave(client: httpx.AsyncClient, questions: list[Question], chance: ra
             response = await client.post("/v1/completions", json=body)
     except TimeoutError:
         return "left"
+    if response.status_code == 200:
+        return "stayed"  # the answer was there first
     require(response.status_code in BUSY, f"{response.status_code} {response.text[:200]}")
     return "refused 429"
 
