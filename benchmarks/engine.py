@@ -39,6 +39,7 @@ from torch.nn import functional as F
 from benchmarks import random_llama
 from benchmarks.answers import TIE, largest_gap, plain_model
 from benchmarks.engine_peers import PEERS
+from benchmarks.serve_models import random_prompts
 from benchmarks.timing import measure, print_json, reader
 from runtime.checkpoint import locate
 
@@ -119,15 +120,11 @@ class Worker:
         self.log.close()
 
 
-def random_prompts(vocabulary: int, batch: int, length: int) -> list[list[int]]:
-    return torch.randint(3, vocabulary, (batch, length)).tolist()  # type: ignore[no-any-return]
-
-
 def tokens_per_second(worker: Worker, vocabulary: int) -> dict[str, float]:
     """One sample of every metric."""
 
     def seconds(batch: int, length: int, new: int) -> float:
-        return worker.generate(random_prompts(vocabulary, batch, length), new)[0]
+        return worker.generate(random_prompts(batch, length, vocabulary, seed=batch), new)[0]
 
     rates = {"prefill": PREFILL / seconds(1, PREFILL, 1)}
     for batch in BATCHES:
@@ -195,7 +192,7 @@ def run(model: str, peers: Sequence[str], pythons: dict[str, str], rounds: int, 
             try:
                 worker = stack.enter_context(Worker(name, paths, pythons))
                 for batch, length in ((1, PREFILL), (BATCHES[-1], PROMPT)):
-                    prompts = random_prompts(vocabulary, batch, length)
+                    prompts = random_prompts(batch, length, vocabulary, seed=batch)
                     answers[name] = prompts, worker.generate(prompts, 4)[1]
             except PeerFailed as error:
                 if PEERS[name].package == OURS:

@@ -110,16 +110,12 @@ def kernel_name(row: Mapping[str, Any]) -> str:
 def curves_panel(
     title: str, curves: Mapping[str, Sequence[tuple[float, float]]], across: str, up: str, place: int, log: bool = False
 ) -> Panel:
-    """Named curves over a logarithmic axis that is marked where they have points."""
-    places = sorted({x for points in curves.values() for x, _ in points})
-    x_axis = Axis(places[0] / 1.15, places[-1] * ROOM, across, log=True, marks=tuple(places))
+    """Curves with their names beside them, which share a colour with their family."""
+    x_axis = Axis.marked([x for points in curves.values() for x, _ in points], across, ROOM)
     y_axis = Axis.around([y for points in curves.values() for _, y in points], up, log=log, zero=not log)
     panel = Panel(title, x_axis, y_axis, top=place * HEIGHT, height=HEIGHT)
     for name, points in curves.items():
-        colour = COLOURS.get(name.partition(" ")[0], 4)
-        panel.line(sorted(points), colour)
-        for x, y in points:
-            panel.point(x, y, colour, hint=f"{name} {x:g}: {y:.4g}")
+        panel.curve(points, COLOURS.get(name.partition(" ")[0], 4), name)
     panel.labels([(*max(points), name) for name, points in curves.items()])
     return panel
 

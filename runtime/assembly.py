@@ -97,7 +97,7 @@ def assemble(config: EngineConfig) -> Parts:
     states = StateCache(mixers, scheduler.max_running, plan.device) if mixers else None
     runner = Runner(loaded.model, specs, selection.backend, cache, states, factors)
     graphs = capture_decodes(runner, capture, scheduler.max_running, size.max_model_len)
-    report = engine_report(loaded, layers, selection, size, layout, str(storage), size.max_model_len, graphs, settled)
+    report = engine_report(loaded, layers, selection, size, layout, str(storage), graphs, settled)
     ends = end_tokens(loaded.model, tokenizer)
     return Parts(
         loaded, layers, tokenizer, size, vocabulary, ends, sampling_defaults(checkpoint), scheduler, runner, report

@@ -47,13 +47,10 @@ def curve_panel(
     title: str, curves: Mapping[str, Sequence[tuple[float, float]]], across: str, up: str, top: float = 0
 ) -> Panel:
     """Named curves over a logarithmic axis that is marked where they have points."""
-    places = sorted({x for points in curves.values() for x, _ in points})
-    x_axis = Axis(places[0] / 1.15, places[-1] * 1.15, across, log=True, marks=tuple(places))
+    x_axis = Axis.marked([x for points in curves.values() for x, _ in points], across)
     y_axis = Axis.around([1.06 * y for points in curves.values() for _, y in points], up, zero=True)
     panel = Panel(title, x_axis, y_axis, top=top, width=WIDTH, height=HEIGHT)
     for colour, (name, points) in enumerate(curves.items()):
-        panel.line(sorted(points), colour)
-        for x, y in points:
-            panel.point(x, y, colour, hint=f"{name} {x:g}: {y:.4g}".strip())
+        panel.curve(points, colour, name)
     panel.legend([(colour, name) for colour, name in enumerate(curves) if name])
     return panel

@@ -41,7 +41,6 @@ def engine_report(
     size: CacheSize,
     layout: CacheLayout,
     stored_as: str,
-    max_model_len: int,
     graphs: str,
     settled: Sequence[tuple[str, str]] = (),
 ) -> str:
@@ -56,7 +55,7 @@ def engine_report(
             "kv cache",
             f"{size.tokens} tokens ({format_bytes(size.nbytes)}, {format_bytes(token_bytes)} a token, "
             f"{size.blocks} blocks of {size.block_size}) in {stored_as}; room for "
-            f"{size.sequences:.1f} sequences of {max_model_len}{windows}",
+            f"{size.sequences:.1f} sequences of {size.max_model_len}{windows}",
         ),
         ("graphs", graphs),
         *settled,

@@ -47,6 +47,12 @@ class Axis:
         room = 0.06 * (high - low) or 0.5 * abs(high) or 1.0
         return cls(low if zero else low - room, high + room, title)
 
+    @classmethod
+    def marked(cls, values: Sequence[float], title: str, room: float = 1.15) -> Axis:
+        """A logarithmic axis with a tick at each value; ``room`` times the largest one is where it ends."""
+        places = sorted(set(values))
+        return cls(places[0] / 1.15, places[-1] * room, title, log=True, marks=tuple(places))
+
     def place(self, value: float) -> float:
         """0 at the low end, 1 at the high end, clamped."""
         if self.log:
@@ -118,6 +124,12 @@ class Panel:
             f'<circle class="fill c{colour}" cx="{self.across(x):.1f}" cy="{self.up(y):.1f}" r="4">'
             f"<title>{escape(hint)}</title></circle>"
         )
+
+    def curve(self, points: Sequence[tuple[float, float]], colour: int = 0, name: str = "") -> None:
+        """A line with its points, which say what they are."""
+        self.line(sorted(points), colour)
+        for x, y in points:
+            self.point(x, y, colour, hint=f"{name} {x:g}: {y:.4g}".strip())
 
     def legend(self, names: Sequence[tuple[int, str]]) -> None:
         """What the colours stand for, at the right of the title."""

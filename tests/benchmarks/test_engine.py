@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import engine, report
-from benchmarks.engine_peers import PEERS
+from benchmarks.engine_peers import PEERS, Peer
 
 TWO = ["relinear awq", "transformers bf16"]
 
@@ -52,7 +51,7 @@ def test_a_peer_with_wrong_answers_gets_no_number(tmp_path: Path, monkeypatch: p
 def test_a_peer_that_is_not_installed_is_named_with_what_installs_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(PEERS, "other", engine.PEERS["vllm bf16"].__class__("bf16", "nowhere", "pip install it", print))
+    monkeypatch.setitem(PEERS, "other", Peer("bf16", "nowhere", "pip install it", print))
     assert engine.available(["relinear awq", "other"], {}) == ["relinear awq"]
     assert "other is left out, nowhere is not installed: pip install it" in capsys.readouterr().err
 
@@ -76,6 +75,8 @@ def test_the_figures_name_every_peer_and_kernel(measured: dict[str, Any], monkey
 def test_the_table_says_where_it_was_measured(measured: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(report.MODELS, "tiny", "tiny model")
     where = {"threads": 2, "device": "Processor X", "commit": "abc", "torch": "1", "transformers": "2"}
-    text = report.table({"environment": where, "models": json.loads(json.dumps({"tiny": measured}))})
+    result = {"environment": where, "models": {"tiny": measured}}
+    monkeypatch.setattr(report, "kept", lambda name: result)
+    text = report.readme_with_table(report.README.read_text())
     assert "2 cores (Processor X) at commit abc" in text
     assert "| relinear awq | " in text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -16,14 +15,8 @@ from tests.runtime.unharmed import small_server, unharmed
 JSON = {"content-type": "application/json"}
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Served]:
-    yield from small_server()
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(server: Served) -> Iterator[None]:
-    yield from unharmed(server)
+server = pytest.fixture(scope="module")(small_server)
+nothing_is_left = pytest.fixture(autouse=True)(unharmed)
 
 
 def body(**fields: Any) -> bytes:

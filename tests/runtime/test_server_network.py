@@ -6,7 +6,6 @@ import contextlib
 import json
 import socket
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -15,15 +14,8 @@ import pytest
 from tests.runtime.served import GREEDY, LONG, Served, events, post_bytes, raw, read_stream
 from tests.runtime.unharmed import greedy, small_server, unharmed
 
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Served]:
-    yield from small_server()
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(server: Served) -> Iterator[None]:
-    yield from unharmed(server)
+server = pytest.fixture(scope="module")(small_server)
+nothing_is_left = pytest.fixture(autouse=True)(unharmed)
 
 
 @pytest.mark.parametrize("stream", [True, False])
