@@ -221,6 +221,13 @@ MUTANTS = (
         "runtime/runner.py",
         "batches[0].positions()[None], batches",
         "torch.cat([torch.arange(chunk.size) for chunk in plan])[None], batches",
+        (f"{ALONE}[llama-budget-7]", FIDELITY),
+    ),
+    Mutant(
+        "positions start anew in every recorded step",
+        "runtime/graphs.py",
+        "positions = [chunk.start for chunk in plan]",
+        "positions = [0 for chunk in plan]",
         (f"{ALONE}[llama-budget-7]", f"{ALONE}[llama-ample]", FIDELITY),
     ),
     Mutant(
