@@ -66,6 +66,9 @@ def add_parsers(parser: Parser) -> None:
         kind.add_argument("--reference", metavar="R", help="the unquantized model to compare with")
     for kind in (diff, tasks, gate):
         kind.add_argument("--reference-dtype", metavar="D", help="default: as --dtype")
+        kind.add_argument(
+            "--reference-revision", metavar="R", help="default: as --revision if both are of one repository, else main"
+        )
     for kind in (diff, ppl, tasks, gate):
         kind.add_argument("--json", action="store_true", help="on standard output, instead of a table")
         loading_options(kind)
@@ -96,13 +99,18 @@ def _reference(arguments: argparse.Namespace, model: str) -> Any:
     """The plain side: none of the options that the candidate is asked about."""
     from runtime.config import EngineConfig
 
-    shared = pick(arguments, ("device", "trust_remote_code", "revision", "tokenizer"))
-    return EngineConfig(model, dtype=arguments.reference_dtype or arguments.dtype, **shared)
+    shared = pick(arguments, ("device", "trust_remote_code", "tokenizer"))
+    tested = getattr(arguments, "model", None) or arguments.candidate or model
+    revision = arguments.reference_revision or (arguments.revision if tested == model else None)
+    return EngineConfig(model, dtype=arguments.reference_dtype or arguments.dtype, revision=revision, **shared)
 
 
 def show_difference(arguments: argparse.Namespace) -> int:
     from runtime.evaluation.compare import compare
+    from runtime.evaluation.text import require_writable
 
+    if arguments.plot:
+        require_writable("--plot", arguments.plot)
     candidate = _candidate(arguments, arguments.candidate or arguments.reference)
     reference = _reference(arguments, arguments.reference)
     if candidate == reference:
@@ -119,9 +127,10 @@ def show_difference(arguments: argparse.Namespace) -> int:
         layers=arguments.layers,
         progress=_watched(),
     )
+    _show(arguments, result)
     if arguments.plot:
         _write(arguments.plot, result.plot())
-    return _show(arguments, result)
+    return 0
 
 
 def show_perplexity(arguments: argparse.Namespace) -> int:
@@ -144,6 +153,7 @@ def show_tasks(arguments: argparse.Namespace) -> int:
         include_path=arguments.include_path,
         limit=arguments.limit,
         num_fewshot=arguments.num_fewshot,
+        progress=_watched(),
     )
     return _show(arguments, result)
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 BINS = 48
 SMALLEST = 1e-9
 HEIGHT = 260
+NAME = 30
+"""Characters."""
 
 
 def comparison_figure(comparison: Comparison) -> str:
@@ -33,7 +35,7 @@ def _histogram(comparison: Comparison) -> Panel:
     counts = torch.histc(exponents, BINS, low, high) / len(exponents)
     edges = [10 ** (low + (high - low) * k / BINS) for k in range(BINS + 1)]
     panel = Panel(
-        f"{comparison.candidate} against {comparison.reference}: mean KL {comparison.mean_kl.value:.3g}",
+        f"{_end(comparison.candidate)} against {_end(comparison.reference)}: mean KL {comparison.mean_kl.value:.3g}",
         Axis(10.0**low, 10.0**high, "KL divergence of a token [nat]", log=True),
         Axis.around([1.12 * counts.max().item()], "share of tokens", zero=True),
     )
@@ -44,6 +46,11 @@ def _histogram(comparison: Comparison) -> Panel:
         panel.line([(value, panel.y.low), (value, panel.y.high)], colour=1)
         panel.labels([(value, panel.y.high * 0.97, name)])
     return panel
+
+
+def _end(label: str) -> str:
+    """As much of a name as a title has room for twice; paths differ at their end."""
+    return label if len(label) <= NAME else f"…{label[1 - NAME :]}"
 
 
 def _by_position(comparison: Comparison) -> Panel:
@@ -61,7 +68,7 @@ def _by_position(comparison: Comparison) -> Panel:
 
 
 def _by_layer(comparison: Comparison) -> Panel:
-    """Layers that agree to the bit have no bar that could be drawn; they are shown as high as the best."""
+    """Layers that agree to the bit have no bar that could be drawn; they are shown as high as the best. Likewise the worst."""
     finite = [layer.sqnr for layer in comparison.layers if math.isfinite(layer.sqnr)] or [0.0]
     count = len(comparison.layers)
     panel = Panel(
@@ -72,7 +79,7 @@ def _by_layer(comparison: Comparison) -> Panel:
     )
     worst = min(comparison.layers, key=lambda layer: layer.sqnr)
     for place, layer in enumerate(comparison.layers):
-        value = min(layer.sqnr, max(finite))
+        value = min(max(layer.sqnr, min(finite)), max(finite))
         colour = 1 if layer is worst else 0
         panel.bar(place - 0.4, place + 0.4, value, colour, hint=f"{layer.name}: {layer.sqnr:.1f} dB")
     return panel

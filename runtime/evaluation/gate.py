@@ -9,6 +9,7 @@ a layer that is no longer quantized. Kernel, attention and bits per weight are p
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from runtime.config import EngineConfig
 from runtime.errors import Error, InvalidRequest
 from runtime.evaluation.compare import Comparison, compare
 from runtime.evaluation.scorer import as_config
+from runtime.evaluation.text import require_writable
 
 VERSION = 1
 TOLERANCE = 0.02
@@ -26,6 +28,12 @@ FEW_TOKENS = 3
 """Top tokens that may tip on a close decision."""
 ONE_TOKEN = 5
 """How much more a number may move that a single token decides, the 99 % quantile."""
+JUDGED = ("mean_kl", "kl_99", "rms_delta_p", "reference_bits_per_byte", "log_ppl_ratio", "top1_agreement")
+FIELDS: dict[str, Any] = {
+    "settings": dict, "tolerance": int | float, "recipe": str, "text": str, "tokens": int, "kernels": list,
+    "bits_per_weight": int | float,
+}  # fmt: skip
+"""What a baseline holds beside the metrics, by type. ``attention`` is not in those of before it was told apart."""
 
 
 @dataclass(frozen=True)
@@ -129,19 +137,31 @@ def read_baseline(file: str | Path) -> dict[str, Any]:
     """A baseline file. Raises :class:`InvalidRequest` if it is none."""
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except FileNotFoundError as error:
         raise InvalidRequest(f"--baseline {file}: {error}. --update writes one.") from error
-    if not isinstance(content, dict) or content.get("version") != VERSION or "metrics" not in content:
-        raise InvalidRequest(f"--baseline {file}: it is not a baseline of version {VERSION}. --update writes one.")
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(f"--baseline {file}: {error}. Remove it, and --update writes one.") from error
+    if not isinstance(content, dict) or content.get("version") != VERSION:
+        raise InvalidRequest(
+            f"--baseline {file}: it is not a baseline of version {VERSION}. Remove it, and --update writes one."
+        )
+    metrics = content.get("metrics")
+    numbers = [metrics.get(name) for name in JUDGED] if isinstance(metrics, dict) else [None]
+    valid = all(isinstance(content.get(name), kind) for name, kind in FIELDS.items())
+    if not valid or not all(isinstance(one, dict) and isinstance(one.get("value"), int | float) for one in numbers):
+        raise InvalidRequest(
+            f"--baseline {file}: it is damaged; a baseline holds {', '.join([*FIELDS, 'metrics'])}, and as metrics "
+            f"{', '.join(JUDGED)}. Remove it, and --update writes one."
+        )
     return content
 
 
 def write_baseline(file: str | Path, baseline: dict[str, Any]) -> None:
     """Beside it first and then in its place, so that it is never half written."""
     path = Path(file)
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         beside.write_text(json.dumps(baseline, indent=1) + "\n", encoding="utf-8")
         beside.replace(path)
     except OSError as error:
@@ -162,16 +182,25 @@ def gate(
 ) -> GateResult:
     """Compare ``model`` with its reference as the baseline file says, and the result with the file.
 
-    The file remembers reference, text, tokens, window and the reference's dtype, so later runs name the model alone. With
-    ``update`` the file is written, from the arguments and what it said before. Raises :class:`InvalidRequest` where the
+    The file remembers the reference with its dtype and revision, text, tokens and window, so later runs name the model alone.
+    With ``update`` the file is written, from the arguments and what it said before. Raises :class:`InvalidRequest` where the
     settings are unknown or the numbers do not compare, and what :func:`compare` raises.
     """
+    if tolerance is not None and not 0 <= tolerance < math.inf:
+        raise InvalidRequest(f"--tolerance {tolerance}: a share of each number, such as {TOLERANCE}; not below 0.")
     old = read_baseline(baseline) if Path(baseline).exists() or not update else None
+    if update:
+        require_writable("--baseline", baseline, makes_folders=True)
     settings: dict[str, Any] = dict(old["settings"]) if old else {"tokens": 8_000, "window": 512}
     asked = {"text": None if text is None else str(text), "tokens": tokens, "window": window}
     if reference is not None:
         config = as_config(reference)
-        asked |= {"reference": config.model, "reference_dtype": str(config.dtype).removeprefix("torch.")}
+        settings.pop("reference_revision", None)
+        asked |= {
+            "reference": config.model,
+            "reference_dtype": str(config.dtype).removeprefix("torch."),
+            "reference_revision": config.revision,
+        }
     settings |= {name: value for name, value in asked.items() if value is not None}
     missing = [name for name in ("reference", "text") if name not in settings]
     if missing:
@@ -182,7 +211,8 @@ def gate(
         candidate = as_config(model)
         reference = EngineConfig(
             settings["reference"],
-            dtype=settings["reference_dtype"],
+            dtype=settings.get("reference_dtype", candidate.dtype),
+            revision=settings.get("reference_revision"),
             device=candidate.device,
             tokenizer=candidate.tokenizer,
             trust_remote_code=candidate.trust_remote_code,

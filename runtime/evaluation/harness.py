@@ -8,6 +8,7 @@ from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from runtime.errors import Error
 from runtime.llm import LLM
@@ -32,19 +33,16 @@ class EngineLM(LM):
         return self._score([(ids, start) for ids, start in pairs])
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """Windows of the longest length the engine takes, without overlap, as lm-eval's ``get_rolling_token_windows`` with a
-        context of one token."""
-        room = self.llm.engine.max_model_len
+        """Windows of the longest length the engine takes, every token scored once, behind lm-eval's contexts."""
+        room = self.llm.engine.max_model_len - 1
         windows: list[tuple[list[int], int]] = []
         owners: list[int] = []
         for owner, instance in enumerate(requests):
             ids = self._ids(instance.args[0])
-            context = [self._start]
-            for place in range(0, len(ids), room - 1):
-                part = ids[place : place + room - 1]
-                windows.append(([*context, *part], 1))
+            for pair in get_rolling_token_windows(ids, prefix_token=self._start, max_seq_len=room, context_len=1):
+                context, part = make_disjoint_window(pair)
+                windows.append(([*context, *part], len(context)))
                 owners.append(owner)
-                context = part[-1:]
         totals = [0.0] * len(requests)
         for owner, (loss, _) in zip(owners, self._score(windows), strict=True):
             totals[owner] += loss
@@ -90,6 +88,9 @@ class EngineLM(LM):
         return int(self._tokenizer.eos_token_id if start is None else start)
 
     def _ids(self, text: str, special: bool = False) -> list[int]:
+        """``special``: with what the tokenizer puts around a text, unless the text (a chat's) begins with it already."""
+        begin = self._tokenizer.bos_token
+        special = special and not (begin and text.startswith(begin))
         return list(self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], int]:

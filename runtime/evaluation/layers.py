@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class LayerError:
-    """A decoder layer and its SQNR in dB; infinite if both sides agree to the bit."""
+    """A decoder layer and its SQNR in dB; infinite if both sides agree to the bit, minus infinity if the reference's
+    layer does nothing and the candidate's does."""
 
     name: str
     sqnr: float
@@ -61,7 +62,7 @@ class LayerErrors:
         def compare(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             given = args[0] if args else kwargs["hidden_states"]
             theirs = other.forward(*_cast(args, dtype), **_cast(kwargs, dtype))  # no hooks: it may be the same layer
-            update, found = (_first(out).double() - given.double() for out in (output, theirs))
+            update, found = (first_output(out).double() - given.double() for out in (output, theirs))
             self._signal[place] += update.square().sum().item()
             self._noise[place] += (update - found).square().sum().item()
 
@@ -69,12 +70,19 @@ class LayerErrors:
 
     def result(self) -> tuple[LayerError, ...]:
         return tuple(
-            LayerError(name, 10 * math.log10(signal / noise) if noise else math.inf)
+            LayerError(name, _decibels(signal, noise))
             for ((name, _), _), signal, noise in zip(self._pairs, self._signal, self._noise, strict=True)
         )
 
 
-def _first(output: Any) -> Tensor:
+def _decibels(signal: float, noise: float) -> float:
+    if not noise:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf
+
+
+def first_output(output: Any) -> Tensor:
+    """The hidden states that a layer gives, alone or before others."""
     return output if isinstance(output, Tensor) else output[0]
 
 

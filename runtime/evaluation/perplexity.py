@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import sys
 from collections.abc import Callable
@@ -122,7 +123,8 @@ def window_losses(logits: torch.Tensor, window: Window) -> torch.Tensor:
 
 
 def _wikitext(tokenizer: Any, documents: list[Document], length: int, tokens: int | None) -> list[Window]:
-    rows = [line if line.strip() else "" for document in documents for line in document.text.splitlines(keepends=True)]
+    lines = (line for document in documents for line in io.StringIO(document.text, newline=None))
+    rows = [line if line.strip() else "" for line in lines]  # lines as a file has them: only line feeds end one
     return _chunks(list(tokenizer("\n\n".join(rows), verbose=False)["input_ids"]), length, 1, None, tokens)
 
 

@@ -7,10 +7,11 @@ dtype (or the checkpoint does) or an attention backend: then keys and values go 
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attention.base import AttentionError
 from attention.hf import NAME as ATTENTION
@@ -21,6 +22,7 @@ from runtime.checkpoint import Checkpoint
 from runtime.config import EngineConfig
 from runtime.defaults import context_length, load_tokenizer
 from runtime.errors import Error, InvalidRequest, LoadError
+from runtime.evaluation.layers import decoder_layers, first_output
 from runtime.kv_storage import plan_storage, resolve_name
 from runtime.loader import load
 from runtime.one_sequence import OneSequence
@@ -87,22 +89,44 @@ class Scorer:
         """Raise :class:`InvalidRequest` if the model was not made for windows this long."""
         limit = context_length(self.plan.config)
         if limit is not None and length > limit:
-            raise InvalidRequest(f"{self.label}: windows of {length} tokens, and the model was made for {limit}.")
+            raise InvalidRequest(
+                f"{self.label}: windows of {length} tokens, and the model was made for {limit}. Give a smaller --window or "
+                "another --recipe."
+            )
 
     @torch.inference_mode()
     def logits(self, ids: list[int]) -> Tensor:
         """``[tokens, vocabulary]``, in the model's dtype. Raises :class:`Error` if one is not finite."""
-        inputs = torch.tensor(ids, device=self.plan.device)
-        logits: Tensor
-        if self._pages:
-            logits = self._pages.logits(self.model, inputs)
-        else:
-            logits = self.model(input_ids=inputs[None], use_cache=False).logits[0]
+        logits = self._forward(ids)
         finite = logits.amax(-1).isfinite() & logits.amin(-1).isfinite()
         if not finite.all():
             place = int(finite.logical_not().nonzero()[0])
             raise Error(
                 f"{self.label}: the logits at token {place} of {len(ids)} are NaN or infinite. Whatever is averaged over them "
-                "means nothing. In float16 that is often an overflow: try --dtype bfloat16; else look at the per-layer errors."
+                f"means nothing. {self._origin(ids)} In float16 that is often an overflow: try --dtype bfloat16."
             )
         return logits
+
+    def _forward(self, ids: list[int]) -> Tensor:
+        inputs = torch.tensor(ids, device=self.plan.device)
+        if self._pages:
+            return self._pages.logits(self.model, inputs)
+        logits: Tensor = self.model(input_ids=inputs[None], use_cache=False).logits[0]
+        return logits
+
+    def _origin(self, ids: list[int]) -> str:
+        """Where values stop being finite, found by running the same once more."""
+        broken: list[str] = []
+
+        def look(_: nn.Module, __: Any, output: Any, name: str) -> None:
+            if not first_output(output).isfinite().all():
+                broken.append(name)
+
+        layers = decoder_layers(self.model)
+        handles = [layer.register_forward_hook(partial(look, name=name)) for name, layer in layers.items()]
+        try:
+            self._forward(ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return f"It begins in {broken[0]}." if broken else "The layers' outputs are finite: it begins behind them."

@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from runtime.config import EngineConfig
@@ -23,10 +24,12 @@ from runtime.evaluation.scorer import as_config, label
 class TaskScore:
     """One metric of one task. With a reference: its score, how many of the ``items`` answers went from right to wrong
     (``lost``) and from wrong to right (``gained``), and the two-sided p-value of McNemar's exact test. They are ``None`` where
-    there is no reference or the metric is not right or wrong question by question."""
+    there is no reference or the metric is not right or wrong question by question. ``filter`` is the task's way of finding
+    the answer in what was said; lm-eval's name for none is ``none``."""
 
     task: str
     metric: str
+    filter: str
     items: int
     score: float
     standard_error: float | None
@@ -34,6 +37,10 @@ class TaskScore:
     lost: int | None = None
     gained: int | None = None
     p_value: float | None = None
+
+    @property
+    def label(self) -> str:
+        return self.metric if self.filter == "none" else f"{self.metric}, {self.filter}"
 
 
 @dataclass(frozen=True)
@@ -50,12 +57,13 @@ class TaskResults:
 
     def __str__(self) -> str:
         against = f" against {self.reference}" if self.reference else ""
-        head = f"{'task':<24} {'metric':<12} {'items':>6} {'score':>17}"
+        wide = max([12, *(len(one.label) for one in self.scores)])
+        head = f"{'task':<24} {'metric':<{wide}} {'items':>6} {'score':>17}"
         head += f" {'reference':>9} {'lost':>5} {'gained':>6} {'p':>7}" if against else ""
         lines = [f"{self.model}{against}  [{self.recipe}]", head]
         for one in self.scores:
             error = "" if one.standard_error is None else f" ± {one.standard_error:.4f}"
-            line = f"{one.task:<24} {one.metric:<12} {one.items:>6} {one.score:>8.4f}{error:<9}"
+            line = f"{one.task:<24} {one.label:<{wide}} {one.items:>6} {one.score:>8.4f}{error:<9}"
             if one.reference is not None:
                 line += f" {one.reference:>9.4f}"
             if one.p_value is not None:
@@ -79,6 +87,10 @@ def evaluate_tasks(
     ``local`` stands for the tasks that need no download. ``include_path`` is a folder of tasks of your own, ``limit`` the
     questions of each. Raises :class:`Error` if lm-eval is not installed and :class:`InvalidRequest` for tasks it does not know.
     """
+    if limit is not None and limit < 1:
+        raise InvalidRequest(f"--limit {limit}: at least one question of each task must be asked.")
+    if include_path is not None and not Path(include_path).is_dir():
+        raise InvalidRequest(f"--include-path {include_path}: there is no such folder.")
     names = [local for name in tasks for local in (KINDS if name == "local" else [name])]
     if not names:
         raise InvalidRequest(f"no task: name some, or local for {', '.join(KINDS)}.")
@@ -130,37 +142,42 @@ def _run(evaluator: Any, config: EngineConfig, names: list[str], options: dict[s
 def _scores(found: Any, reference: Any) -> tuple[TaskScore, ...]:
     scores = []
     for task, values in found["results"].items():
-        samples = found["samples"].get(task)
         for key, value in values.items():
-            metric, comma, _ = key.partition(",")
+            metric, comma, how = key.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
-            error = values.get(f"{metric}_stderr,{key.partition(',')[2]}")
-            items = len(samples) if samples else 0
+            samples = _samples(found, task, how)
+            theirs = _samples(reference, task, how) if reference else []
+            error = values.get(f"{metric}_stderr,{how}")
+            own = float(error) if isinstance(error, int | float) else _binomial_error(samples, metric, value)
             other = reference["results"][task].get(key) if reference else None
-            flips = _flips(samples, reference["samples"].get(task), metric) if reference and samples else None
-            p_value = mcnemar(*flips) if flips else None
+            flips = _flips(samples, theirs, metric)
             lost, gained = flips or (None, None)
-            own = _binomial_error(samples, metric, value) if not isinstance(error, int | float) else float(error)
-            scores.append(TaskScore(task, metric, items, float(value), own, other, lost, gained, p_value))
+            p_value = mcnemar(*flips) if flips else None
+            scores.append(TaskScore(task, metric, how, len(samples), float(value), own, other, lost, gained, p_value))
     return tuple(scores)
+
+
+def _samples(found: Any, task: str, how: str) -> list[Any]:
+    """The answers of a task by one filter; lm-eval logs every question once for each. None for a group of tasks."""
+    return [sample for sample in found["samples"].get(task, ()) if sample.get("filter", "none") == how]
 
 
 def _right(samples: Any, metric: str) -> dict[int, bool] | None:
     """Whether each question was answered right; ``None`` if the metric is not of that kind."""
     marks = {sample["doc_id"]: sample.get(metric) for sample in samples}
-    if not all(mark in (0, 1) for mark in marks.values()):
+    if not marks or not all(mark in (0, 1) for mark in marks.values()):
         return None
     return {item: bool(mark) for item, mark in marks.items()}
 
 
 def _binomial_error(samples: Any, metric: str, score: float) -> float | None:
-    marks = _right(samples, metric) if samples else None
+    marks = _right(samples, metric)
     return math.sqrt(score * (1 - score) / (len(marks) - 1)) if marks and len(marks) > 1 else None
 
 
 def _flips(ours: Any, theirs: Any, metric: str) -> tuple[int, int] | None:
-    now, before = _right(ours, metric), _right(theirs, metric) if theirs else None
+    now, before = _right(ours, metric), _right(theirs, metric)
     if now is None or before is None:
         return None
     lost = sum(before[item] and not now[item] for item in before)

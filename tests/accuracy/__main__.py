@@ -4,6 +4,7 @@ path. ``--update`` writes the baselines from this run."""
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -13,6 +14,17 @@ from tests.accuracy import fidelity, matrix
 
 README = Path(__file__).parents[2] / "README.md"
 START, END = "<!-- accuracy: written by python -m tests.accuracy -->", "<!-- /accuracy -->"
+
+
+class Warnings(logging.Handler):
+    """What is said while models load, each once, to be shown where it does not tear a table apart."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.said: dict[str, None] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.setdefault(record.getMessage())
 
 
 def readme_with_table(text: str) -> str:
@@ -29,6 +41,8 @@ def main() -> int:
         "--update", action="store_true", help="write the baselines from this run; say in the commit why"
     )
     update = parser.parse_args().update
+    warnings = Warnings()
+    logging.getLogger().addHandler(warnings)
     torch.use_deterministic_algorithms(True, warn_only=True)
     failed = []
     for name, row in matrix.ROWS.items():
@@ -55,6 +69,8 @@ def main() -> int:
         print(fidelity.line(line), flush=True)
         if line.failures:
             failed.append(f"{line.model} ({line.kernels})")
+    if warnings.said:
+        print("\nSaid while loading:", *warnings.said, sep="\n")
     if failed:
         print(f"FAILED: {', '.join(failed)}", file=sys.stderr)
         return 1

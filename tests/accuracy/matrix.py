@@ -76,10 +76,12 @@ def _int(bits: int, group: int, **options: Any) -> Row:
     return Row(f"int{bits}-{size}", "rounded", kind=kind, group=group, zero_point=True, **options)
 
 
-def _on_load(name: str) -> Row:
-    """What ``--quantization NAME`` makes of the dense checkpoint while it loads."""
-    config = _plain("demo-bf16", quantization=name, kernel="reference")
-    return Row(f"load-{name}", "on load", config, tolerance=ROUNDED if name == "fp8" else EXACT)  # fp8 rounds inputs
+def _on_load(name: str, tolerance: float = EXACT, quantization: str | None = None, **options: Any) -> Row:
+    """What ``--quantization`` makes of the dense checkpoint while it loads."""
+    config = _plain(
+        "demo-bf16", quantization=quantization or name, quantization_config=options or None, kernel="reference"
+    )
+    return Row(f"load-{name}", "on load", config, tolerance=tolerance)
 
 
 def _cache(name: str) -> Row:
@@ -99,7 +101,10 @@ ROWS = {
         Row("nf4-b64", "float", kind=WeightKind.NF4, group=64),
         Row("fp4-b64", "float", kind=WeightKind.FP4, group=64),
         Row("mxfp4", "float", kind=WeightKind.E2M1, group=32),
-        _on_load("int4"), _on_load("fp8"), _on_load("mxfp4"),
+        _on_load("int4"), _on_load("fp8", ROUNDED), _on_load("mxfp4"),
+        *(_on_load(kind, quantization="bitsandbytes", bnb_4bit_quant_type=kind) for kind in ("nf4", "fp4")),
+        _on_load("llm-int8", ROUNDED, quantization="bitsandbytes", load_in_8bit=True),
+        _on_load("w8a8-int8", ROUNDED, quantization="w8a8_int8"),
         Row("head-int8", "on load", _plain("demo-bf16", lm_head_quantization="int8", kernel="reference")),
         Row("w8a8-int8", "inputs or KV", kind=WeightKind.INT8, activation=Activation(WeightKind.INT8), tolerance=ROUNDED),
         _cache("int8"), _cache("fp8_e4m3"),

@@ -95,6 +95,9 @@ def test_outliers_do_not_change_the_function_but_its_rounding() -> None:
     assert loss("hard", "int4-g128") > 1.5 * loss("plain", "int4-g128")
 
 
-def test_sixteen_bits_lose_less_than_anything_quantized() -> None:
-    sixteen = compare(Scorer(EngineConfig("demo-bf16", dtype="bfloat16"))).mean_kl.value
-    assert sixteen < loss("plain", "int6-g128") / 2
+def test_sixteen_bits_lose_less_than_what_is_quantized() -> None:
+    """With the exceptions that the README names: bfloat16 rounds everything in float32's place, they but a part, finely."""
+    losses = {name: base["metrics"]["mean_kl"]["value"] for name, base in matrix.committed().items()}
+    sixteen = losses.pop("bf16")
+    assert {name for name, kl in losses.items() if kl < MARGIN * sixteen} == {"int8-g128", "head-int8", "kv-int8"}
+    assert compare(Scorer(EngineConfig("demo-bf16", dtype="bfloat16"))).mean_kl.value < loss("plain", "int6-g128") / 2

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from runtime import EngineConfig, Error
 from runtime.cli import main
 
 SMALL = ["--text", "demo", "--tokens", "250", "--window", "128", "--dtype", "float32"]
@@ -54,6 +56,38 @@ def test_perplexity(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["recipe"] == "bits-per-byte/window=512/bos"
 
 
+@pytest.mark.parametrize("where", ["absent/out.svg", "."])
+def test_a_figure_that_cannot_be_written_is_refused_before_anything_is_measured(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("runtime.evaluation.compare.compare", None)
+    assert main(["eval", "diff", "demo-bf16", "demo", *SMALL, "--plot", str(tmp_path / where)]) == 1
+    assert "--plot" in (found := capsys.readouterr().err)
+    assert "cannot be written" in found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "revisions"),
+    [
+        (["some/model", "--revision", "new", "--reference-revision", "old"], ("old", "new")),
+        (["some/model", "--revision", "new", "--kernel", "reference"], ("new", "new")),
+        (["some/model", "other/model", "--revision", "gptq"], (None, "gptq")),
+    ],
+)
+def test_a_revision_is_of_the_candidate(
+    arguments: list[str], revisions: tuple[str | None, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[EngineConfig] = []
+
+    def compare(*sides: EngineConfig, **_: Any) -> None:
+        seen.extend(sides[:2])
+        raise Error("far enough")
+
+    monkeypatch.setattr("runtime.evaluation.compare.compare", compare)
+    assert main(["eval", "diff", *arguments, "--text", "demo"]) == 1
+    assert tuple(side.revision for side in seen) == revisions
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -61,6 +95,9 @@ def test_perplexity(capsys: pytest.CaptureFixture[str]) -> None:
         (["diff", "demo-bf16", "demo", "--text", "/absent.txt"], "No such file"),
         (["diff", "demo-bf16", "demo", *SMALL, "--tokens", "0"], "at least one token"),
         (["diff", "demo-bf16", "demo", *SMALL, "--window", "1"], "at least 2 tokens"),
+        (["ppl", "demo", "--text", "demo", "--recipe", "wikitext-2048"], "another --recipe"),
+        (["tasks", "demo", "--limit", "0"], "at least one question"),
+        (["tasks", "demo", "--include-path", "/absent"], "no such folder"),
         (["diff", "demo", *SMALL, "--kv-cache-dtype", "int3"], "unknown KV cache dtype 'int3'"),
     ],
 )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -135,6 +137,14 @@ def test_it_is_json_and_a_figure_for_light_and_dark(comparison: Comparison) -> N
     assert figure.count("model.layers.") == 8
 
 
+def test_long_names_are_cut_in_the_title_alone(comparison: Comparison) -> None:
+    name = f"/checkpoints/{'of/a/deep/tree/' * 9}model-awq dtype=float32"
+    title, *_ = re.findall(r'class="title"[^>]*>([^<]*)<', (figure := replace(comparison, candidate=name).plot()))
+    assert "/model-awq dtype=float32 against" in title
+    assert len(title) < 90
+    assert name in figure
+
+
 def test_another_vocabulary_is_refused(reference: Scorer) -> None:
     other = Scorer(EngineConfig("demo", dtype="float32"))
     other.vocabulary = 5000
@@ -159,8 +169,25 @@ def test_logits_that_are_not_finite_are_refused(
         output.logits[0, 7, 11] = value
 
     other.model.register_forward_hook(spoil)
-    with pytest.raises(Error, match="token 7 of 128 are NaN or infinite"):
+    with pytest.raises(Error, match=r"token 7 of 128 are NaN or infinite.* begins behind them"):
         compare_scorers(reference, other, DOCUMENTS, **SIZES, layers=False)
+
+
+def test_the_layer_where_values_stop_being_finite_is_named() -> None:
+    broken = Scorer(EngineConfig("demo-bf16", dtype="float32"))
+    broken.model.model.layers[3].mlp.down_proj.weight.data[0, 0] = math.nan
+    with pytest.raises(Error, match=r"It begins in model\.layers\.3\."):
+        broken.logits(list(range(100, 120)))
+
+
+def test_a_layer_that_does_nothing_in_the_reference_has_no_ratio(candidate: Scorer) -> None:
+    still = Scorer(EngineConfig("demo-bf16", dtype="float32"))
+    for linear in (still.model.model.layers[2].mlp.down_proj, still.model.model.layers[2].self_attn.o_proj):
+        linear.weight.data.zero_()
+    found = compare_scorers(still, candidate, DOCUMENTS, **SIZES)
+    assert found.layers[2].sqnr == -math.inf
+    json.dumps(found.data(), allow_nan=False)
+    ElementTree.fromstring(found.plot())
 
 
 def test_windows_longer_than_the_model_was_made_for_are_refused(reference: Scorer, candidate: Scorer) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from runtime import EngineConfig, Error
 from runtime.cli import main
+from runtime.evaluation import gate as module
 
 SETTINGS = ["--dtype", "float32", "--kernel", "reference"]
 
@@ -88,6 +91,75 @@ def test_a_wrong_question_has_a_status_of_its_own(
     assert "--update writes one" in capsys.readouterr().err
     assert run(tmp_path / "absent.json", "--update", "--text", "demo") == 2
     assert "does not say reference yet" in capsys.readouterr().err
-    copy.write_text("{}")
-    assert run(copy) == 2
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "not a baseline of version 1"),
+        ("no JSON", "Remove it, and --update writes one"),
+        ('{"version": 1, "metrics": {}}', "it is damaged"),
+        ('{"version": 1, "metrics": []}', "it is damaged"),
+    ],
+)
+@pytest.mark.parametrize("more", [(), ("--update", "--reference", "demo-bf16", "--text", "demo")], ids=["", "update"])
+def test_a_file_that_is_no_baseline_is_refused_and_kept(
+    copy: Path, content: str, message: str, more: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy.write_text(content)
+    assert run(copy, *more) == 2
+    found = capsys.readouterr().err
+    assert message in found
+    assert "Remove it" in found
+    assert copy.read_text() == content
+
+
+@pytest.mark.parametrize("part", ["settings", "tolerance", "kernels", "bits_per_weight", "metrics"])
+def test_a_baseline_with_a_part_missing_is_damaged(copy: Path, part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    content = json.loads(copy.read_text())
+    del content[part]
+    copy.write_text(json.dumps(content))
+    assert run(copy) == 2
+    assert "it is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tolerance", ["-0.01", "nan", "inf"])
+def test_a_tolerance_that_means_nothing_is_refused(
+    baseline: Path, tolerance: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(baseline, f"--tolerance={tolerance}") == 2
+    assert "--tolerance" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "compare", None)
+    (tmp_path / "file").write_text("")
+    absent = tmp_path / "file" / "below" / "a.json"
+    assert run(absent, "--update", "--reference", "demo-bf16", "--text", "demo") == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_the_references_revision_is_remembered_and_is_not_the_candidates(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[EngineConfig] = []
+
+    def compare(reference: EngineConfig, *_: Any, **__: Any) -> None:
+        seen.append(reference)
+        raise Error("far enough")
+
+    monkeypatch.setattr(module, "compare", compare)
+    content = json.loads(copy.read_text())
+    content["settings"]["reference_revision"] = "v1"
+    copy.write_text(json.dumps(content))
+    assert run(copy, "--revision", "gptq") == 2
+    assert run(copy, "--revision", "gptq", "--reference", "demo-bf16", "--update") == 2
+    assert run(copy, "--reference", "demo-bf16", "--reference-revision", "v2", "--update") == 2
+    assert [(one.model, one.revision) for one in seen] == [
+        ("demo-bf16", "v1"),
+        ("demo-bf16", None),
+        ("demo-bf16", "v2"),
+    ]

@@ -19,10 +19,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from runtime import LLM, EngineConfig, Error, InvalidRequest, evaluate_tasks
+from runtime import LLM, EngineConfig, Error, InvalidRequest, evaluate_tasks, load_model
 from runtime.cli import main
 from runtime.evaluation.local_tasks import ITEMS, KINDS, questions
-from runtime.evaluation.tasks import _scores, mcnemar
+from runtime.evaluation.tasks import TaskResults, _scores, mcnemar
+from runtime.evaluation.text import read_documents
+
+TEXT = read_documents("demo")[0].text
 
 
 @pytest.mark.parametrize(
@@ -45,6 +48,28 @@ def test_answers_are_paired_by_question() -> None:
     assert score.standard_error == pytest.approx(math.sqrt(0.25 / 7))
     (alone,) = _scores(now, None)
     assert alone.reference is alone.p_value is None
+
+
+def test_answers_are_told_apart_by_filter() -> None:
+    """lm-eval logs a question once for each of a task's filters, as gsm8k has two; a group has no answers of its own."""
+
+    def found(strict: list[int], flexible: list[int]) -> dict[str, Any]:
+        samples = [
+            {"doc_id": place, "filter": how, "exact_match": float(mark)}
+            for how, marks in (("strict", strict), ("flexible", flexible))
+            for place, mark in enumerate(marks)
+        ]
+        values = {"exact_match,strict": sum(strict) / 4, "exact_match,flexible": sum(flexible) / 4}
+        return {"results": {"t": values, "group": {"exact_match,strict": 0.5}}, "samples": {"t": samples}}
+
+    strict, flexible, group = _scores(found([1, 0, 0, 0], [1, 1, 1, 0]), found([1, 1, 1, 0], [1, 1, 0, 0]))
+    assert (strict.filter, strict.items, strict.lost, strict.gained) == ("strict", 4, 2, 0)
+    assert (flexible.filter, flexible.items, flexible.lost, flexible.gained) == ("flexible", 4, 0, 1)
+    assert strict.standard_error == pytest.approx(math.sqrt(0.25 * 0.75 / 3))
+    assert (group.items, group.lost, group.p_value) == (0, None, None)
+    shown = str(TaskResults("m", "r", "lm-eval", (strict, flexible)))
+    assert "exact_match, strict" in shown
+    assert "exact_match, flexible" in shown
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -74,10 +99,12 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> Any:
     try:
         import lm_eval  # noqa: F401
     except ImportError:
-        for name in ("lm_eval", "lm_eval.api", "lm_eval.api.model", "lm_eval.api.instance"):
+        for name in ("lm_eval", "lm_eval.api", "lm_eval.api.model", "lm_eval.api.instance", "lm_eval.utils"):
             monkeypatch.setitem(sys.modules, name, ModuleType(name))
         monkeypatch.setattr(sys.modules["lm_eval.api.model"], "LM", object, raising=False)
         monkeypatch.setattr(sys.modules["lm_eval.api.instance"], "Instance", object, raising=False)
+        for name in ("get_rolling_token_windows", "make_disjoint_window"):
+            monkeypatch.setattr(sys.modules["lm_eval.utils"], name, None, raising=False)
     monkeypatch.delitem(sys.modules, "runtime.evaluation.harness", raising=False)
     from runtime.evaluation import harness
 
@@ -91,8 +118,6 @@ def test_log_likelihoods_and_answers_are_the_models(harness: Any) -> None:
     tokenizer, model = llm.get_tokenizer(), None
     pairs = [("def main():", "\n    return"), ("import os ", "import sys"), ("", "class A:")]
     found = engine_lm.loglikelihood([SimpleNamespace(args=pair) for pair in pairs])
-    from runtime import load_model
-
     model = load_model("demo-bf16", dtype="float32")
 
     def expected(ids: list[int], start: int) -> tuple[float, bool]:
@@ -104,14 +129,44 @@ def test_log_likelihoods_and_answers_are_the_models(harness: Any) -> None:
         ids = tokenizer(context + continuation)["input_ids"]
         start = len(tokenizer(context.rstrip())["input_ids"]) if context else 1
         assert (value, greedy) == (pytest.approx(expected(ids, start)[0], rel=1e-4), expected(ids, start)[1])
-    text = "def f(x):\n    return x\n"
-    ids = tokenizer(text)["input_ids"]
-    (rolling,) = engine_lm.loglikelihood_rolling([SimpleNamespace(args=(text,))])
-    assert rolling == pytest.approx(expected(ids, 1)[0], rel=1e-4)
     options = {"until": ["\n"], "max_gen_toks": 12, "do_sample": False}
     (answer,) = engine_lm.generate_until([SimpleNamespace(args=("import ", options))])
     assert answer
     assert "\n" not in answer
+
+
+@pytest.mark.usefixtures("lm_eval")
+def test_rolling_windows_are_lm_evals(harness: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every token once; the last window is given as much context as fits. Sums are the model's."""
+    engine_lm = harness.EngineLM(LLM("demo-bf16", dtype="float32", max_model_len=32, max_total_tokens=256))
+    model = load_model("demo-bf16", dtype="float32")
+    text = TEXT[:300]
+    ids = engine_lm._ids(text)
+    seen: list[tuple[list[int], int]] = []
+    real = engine_lm._score
+    monkeypatch.setattr(engine_lm, "_score", lambda pairs: seen.extend(pairs) or real(pairs))
+    (found,) = engine_lm.loglikelihood_rolling([SimpleNamespace(args=(text,))])
+    losses = [
+        F.cross_entropy(
+            model(torch.tensor([window])).logits[0, :-1].detach()[start - 1 :], torch.tensor(window[start:])
+        )
+        * (len(window) - start)
+        for window, start in seen
+    ]
+    assert found == pytest.approx(-sum(losses).item(), rel=1e-4)
+    assert [token for window, start in seen for token in window[start:]] == ids
+    assert len(ids) % 31
+    assert all(len(window) == 32 for window, _ in seen)
+    assert [start for _, start in seen] == [1] * (len(seen) - 1) + [32 - len(ids) % 31]
+
+
+@pytest.mark.usefixtures("lm_eval")
+def test_a_text_that_begins_with_the_beginning_is_not_given_another(harness: Any) -> None:
+    engine_lm = harness.EngineLM(LLM("demo-bf16", dtype="float32", max_total_tokens=256))
+    begin = engine_lm._tokenizer.bos_token
+    plain = engine_lm._ids("import os", special=True)
+    assert plain[0] == engine_lm._start
+    assert engine_lm._ids(f"{begin}import os", special=True) == plain
 
 
 def test_without_lm_eval_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
