@@ -40,7 +40,7 @@ LARGEST = 1e-10
 CACHE_LOSS = (1e-5, 5e-4)
 """Mean KL that an int8 cache costs these models, from and to."""
 KERNELS = (None, "reference")
-"""The preferred ones, and the reference."""
+"""What multiplies and what attends: the preferred ones, and the references."""
 DENSE = "demo-bf16"
 MODELS: dict[str, str | Path] = {case.checkpoint: case.folder for case in CASES} | {"demo": "demo", DENSE: DENSE}
 
@@ -157,6 +157,19 @@ def prefix_hit(llm: LLM, watch: Watch) -> Answered:
     return [(one, output.outputs[0].token_ids) for one, output in zip(asked, outputs, strict=True)]
 
 
+def evicted(llm: LLM, watch: Watch) -> Answered:
+    """Prefixes whose pages others have written over since."""
+    begun = prompts(8, 40, 40)
+    llm.generate(begun, answer(1))
+    for other in prompts(9, 60, 60, 60):
+        llm.generate(other, answer(1))
+    watch.clear()
+    asked = [one + more for one, more in zip(begun, prompts(10, 6, 7), strict=True)]
+    outputs = llm.generate(asked, answer(6))
+    assert [output.cached_tokens for output in outputs] == [0, 0]
+    return [(one, output.outputs[0].token_ids) for one, output in zip(asked, outputs, strict=True)]
+
+
 def preempted(llm: LLM, watch: Watch) -> Answered:
     before = llm.engine.stats().preemptions
     found = _answers(llm, prompts(6, 24, 24, 24, 24), 18)
@@ -175,6 +188,7 @@ ON_ENGINE: dict[str, Callable[[LLM, Watch], Answered]] = {
     "decode": decode,
     "mixed": mixed,
     "prefix hit": prefix_hit,
+    "evicted": evicted,
     "preempted": preempted,
 }
 CACHE, HTTP = "int8 KV", "HTTP"
@@ -225,7 +239,7 @@ async def _stream(client: httpx.AsyncClient, prompt: list[int]) -> list[dict[str
 
 def measure(model: str, kernel: str | None, truth: nn.Module, paths: Sequence[str] = PATHS) -> Row:
     """Some paths of a model of :data:`MODELS`. ``truth`` is what :func:`reference` gives for it."""
-    options = OPTIONS | {"kernel": kernel}
+    options = OPTIONS | {"kernel": kernel, "attention_backend": kernel}
     with watched() as watch:
         llm = LLM(MODELS[model], **options)
 

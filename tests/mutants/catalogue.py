@@ -207,7 +207,7 @@ MUTANTS = (
         '    if getattr(config, "rope_parameters", None):\n'
         '        config.rope_parameters["rope_theta"] *= 2\n'
         "    for part in (config, config.get_text_config()):\n",
-        (f"{LOGITS}[auto-gptq--w4g32-desc]", f"{ALONE}[llama-ample]"),
+        (f"{LOGITS}[auto-gptq--w4g32-desc]", f"{ALONE}[llama-ample]", f"{LOSS}[awq-int4-g128]"),
     ),
     Mutant(
         "off-by-one position",
@@ -260,21 +260,28 @@ MUTANTS = (
         "attention/reference.py",
         "scores = q.flatten(2, 3) @ _by_head(k).transpose(2, 3) * spec.scale",
         "scores = (q.flatten(2, 3).half() @ _by_head(k).half().transpose(2, 3)).float() * spec.scale",
-        (ATTENTION,),
+        (ATTENTION, FIDELITY),
     ),
     Mutant(
         "one head's values swapped",
         "attention/reference.py",
         "@ _by_head(v)",
         "@ _by_head(v).roll(1, 1)",
-        (ATTENTION,),
+        (ATTENTION, FIDELITY),
     ),
     Mutant(
         "keys of a head for its values",
         "attention/kv_cache.py",
         "else gather(self.v, self.v_scale)",
         "else gather(self.k, self.k_scale)",
-        (ATTENTION,),
+        (ATTENTION, FIDELITY),
+    ),
+    Mutant(
+        "keys' scales for values in the C kernel",
+        "attention/cpu.py",
+        "values=_pages(cache.v[call], v_scale,",
+        "values=_pages(cache.v[call], k_scale,",
+        (FIDELITY,),
     ),
     # What the engine does
     Mutant(
@@ -282,7 +289,7 @@ MUTANTS = (
         "runtime/blocks.py",
         "                self.forget([block])\n",
         "",
-        (f"{CACHE}::test_the_end_of_the_least_recently_used_prefix_goes_first",),
+        (f"{CACHE}::test_the_end_of_the_least_recently_used_prefix_goes_first", FIDELITY),
     ),
     Mutant(
         "prefix block found after other tokens",
