@@ -6,15 +6,16 @@
 
 A pair belongs to a *call*, not to a layer: some models attend twice in one layer or run a layer several times. The values
 of a latent call are a view of its keys, a call that shares has the pair of another, and calls of different groups may take
-turns with one (:mod:`attention.layout`). All pairs share one numbering of blocks. Who owns which block is the runtime's
-business: nothing is initialised, counted or freed here.
+turns with its memory (:mod:`attention.layout`: to some a block is several pages, and they have so many times more). All pairs
+share one numbering of blocks. Who owns which block is the runtime's business: nothing is initialised, counted or freed here.
 
 :meth:`KVCache.write` and :meth:`KVCache.read` say what is stored, in plain torch; backends with kernels do it themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from math import prod
 from typing import NamedTuple, Self
 
 import torch
@@ -57,21 +58,26 @@ class KVCache:
         self.v_scale: list[Tensor] = []
         self.static = [StaticScales()] * len(specs) if static is None else list(static)
 
-        def allocate(kv_heads: int, *dim: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.empty(blocks, block_size, kv_heads, *dim, dtype=dtype, device=device)
+        memory: dict[Hashable, Tensor] = {}
 
-        for spec, first in zip(specs, self.layout.first_of_column, strict=True):
-            if first < len(self.k):
-                for tensors in (self.k, self.v, *([self.k_scale, self.v_scale] if self.quantized else [])):
-                    tensors.append(tensors[first])
-                continue
-            keys = allocate(spec.kv_heads, spec.key_dim)
-            self.k.append(keys)
-            self.v.append(keys[..., : spec.value_dim] if spec.latent else allocate(spec.kv_heads, spec.value_dim))
+        def pages(what: str, call: int, *dim: int, dtype: torch.dtype = dtype) -> Tensor:
+            """Of a call, in the memory that it shares with others of its column whose blocks are as large."""
+            count, place = self.layout.pages[self.layout.groups[call]], self.layout.places[call]
+            page = (block_size, specs[call].kv_heads, *dim)
+            block = count * prod(page)
+            key = what, self.layout.columns[call], block
+            if key not in memory:
+                memory[key] = torch.empty(blocks * block, dtype=dtype, device=device)
+            used = max(0, count * (blocks - 1) + 1)  # further ones would end in the memory of nobody
+            return memory[key][place * prod(page) :][: used * prod(page)].view(used, *page)
+
+        for call, spec in enumerate(specs):
+            self.k.append(pages("k", call, spec.key_dim))
+            self.v.append(self.k[-1][..., : spec.value_dim] if spec.latent else pages("v", call, spec.value_dim))
             if self.quantized:
-                scale = allocate(spec.kv_heads, dtype=torch.float32)
-                self.k_scale.append(scale)
-                self.v_scale.append(scale if spec.latent else torch.empty_like(scale))
+                self.k_scale.append(pages("k scale", call, dtype=torch.float32))
+                scale = self.k_scale[-1] if spec.latent else pages("v scale", call, dtype=torch.float32)
+                self.v_scale.append(scale)
 
     @classmethod
     def around(cls, spec: AttentionSpec, k: Tensor, v: Tensor) -> Self:
@@ -89,8 +95,16 @@ class KVCache:
         """Bytes that one token takes in one block of each group; of a single group, in all pairs together."""
         scale = SCALE_BYTES if dtype in LARGEST_CODE else 0
         layout = layout or CacheLayout.single(specs)
-        columns = [specs[call] for call in layout.firsts]
-        in_a_block = sum(spec.kv_heads * (dim * dtype.itemsize + scale) for spec in columns for dim in spec.kept)
+
+        def sizes(call: int) -> tuple[int, int]:
+            """Bytes of the block of a call, and of its scales."""
+            spec, pages = specs[call], layout.pages[layout.groups[call]]
+            return pages * spec.kv_heads * sum(spec.kept) * dtype.itemsize, pages * spec.kv_heads * len(
+                spec.kept
+            ) * scale
+
+        columns = [{sizes(call) for call in calls if specs[call].shares is None} for calls in layout.members.values()]
+        in_a_block = sum(max(block for block, _ in found) + sum({scales for _, scales in found}) for found in columns)
         return len(layout.reaches) * in_a_block
 
     def write(self, call: int, slots: Tensor, k: Tensor, v: Tensor) -> None:

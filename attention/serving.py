@@ -30,10 +30,11 @@ class Serving(Forward):
         segments: Sequence[Segment],
         lengths: Sequence[int],
     ) -> None:
-        self.batches, self.cache, self.backend, self.specs = batches, cache, backend, specs
+        self.batches = cache.layout.in_pages(batches, cache.block_size)
+        self.cache, self.backend, self.specs = cache, backend, specs
         self.states, self.segments, self.lengths = states, segments, lengths
         self.calls = 0
-        self.latents = [LatentForward(backend, batch, cache) for batch in batches]
+        self.latents = [LatentForward(backend, batch, cache) for batch in self.batches]
         self.kept: tuple[Tensor, Tensor] | None = None  # latents that the next call must bring
         self.shared = {spec.shares for spec in specs if spec.shares is not None}
         self.handed: dict[int, tuple[Tensor, Tensor]] = {}  # what calls brought that others share

@@ -18,12 +18,10 @@ import itertools
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from attention.base import Reach
 from runtime.request import Request
-
-if TYPE_CHECKING:
-    from attention.base import Reach
 
 Root = tuple[str, int]
 Key = tuple[int | Root, tuple[int, ...]]
@@ -46,13 +44,13 @@ class Prefix(NamedTuple):
     chain: list[int]
 
 
-def most_blocks(tokens: int, size: int, reaches: Sequence[Reach | None], longest_chunk: int | None) -> int:
+def most_blocks(tokens: int, size: int, reaches: Sequence[Reach], longest_chunk: int | None) -> int:
     """The most blocks of ``size`` tokens that a sequence of ``tokens`` tokens holds at once, in all groups, if no more than
     ``longest_chunk`` tokens (``None``: any number) are computed at once."""
     whole = -(-tokens // size)
 
-    def of(reach: Reach | None) -> int:
-        if reach is None or reach.most is None or longest_chunk is None:
+    def of(reach: Reach) -> int:
+        if reach.most is None or longest_chunk is None:
             return whole
         span = reach.most - 1 + longest_chunk
         return min(whole, (span - 2) // size + 2)  # that many tokens, wherever they begin
@@ -63,7 +61,7 @@ def most_blocks(tokens: int, size: int, reaches: Sequence[Reach | None], longest
 class BlockPool:
     """``count`` blocks of ``size`` tokens. A request holds blocks in the order of its tokens; full ones may be shared.
 
-    ``reaches`` says how far back each group of layers looks (``None``: to the first token). ``queries`` tokens were looked
+    ``reaches`` says how far back each group of layers looks. ``queries`` tokens were looked
     for in the cache, ``hits`` of them were found.
     """
 
@@ -73,13 +71,13 @@ class BlockPool:
         size: int,
         *,
         caching: bool = True,
-        reaches: Sequence[Reach | None] = (None,),
+        reaches: Sequence[Reach] = (Reach(),),
         longest_chunk: int | None = None,
     ):
         self.count = count
         self.size = size
         self.caching = caching
-        self.reaches = [reach if reach is not None and reach.bounded else None for reach in reaches]
+        self.reaches = list(reaches)
         self.longest_chunk = longest_chunk
         self.queries = 0
         self.hits = 0
@@ -137,8 +135,7 @@ class BlockPool:
 
     def _behind(self, group: int, position: int) -> int:
         """How many blocks no query at ``position``, or after it, sees in a group."""
-        reach = self.reaches[group]
-        return 0 if reach is None else reach.first(position) // self.size
+        return self.reaches[group].first(position) // self.size
 
     def fits(self, tokens: int, found: Prefix) -> bool:
         """Whether a request of ``tokens`` tokens, which starts with ``found``, has room."""
@@ -205,7 +202,7 @@ class BlockPool:
     def give_back(self, request: Request) -> None:
         """Take back what is behind the reach of every token that ``request`` has still to compute; it stays findable."""
         for group, (reach, table) in enumerate(zip(self.reaches, request.blocks, strict=False)):
-            if reach is not None:
+            if reach.bounded:
                 behind = self._behind(group, request.computed)
                 index = behind - 1
                 while index >= 0 and table[index] != GONE:

@@ -7,17 +7,14 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
 import torch
 
+from attention.base import Reach
 from runtime.blocks import most_blocks
 from runtime.config import EngineConfig
 from runtime.errors import LoadError
-
-if TYPE_CHECKING:
-    from attention.base import Reach
 
 CACHE_FRACTION = 0.5
 """Of the memory available after the weights are loaded, when no size is asked for."""
@@ -49,7 +46,7 @@ def size_cache(
     device: torch.device,
     state_bytes: int = 0,
     graph_bytes: int = 0,
-    reaches: Sequence[Reach | None] = (None,),
+    reaches: Sequence[Reach] = (Reach(),),
     longest_chunk: int | None = None,
 ) -> CacheSize:
     """Blocks for the KV cache. ``token_bytes`` is what one token takes in all layers (0 if all are recurrent), ``context``

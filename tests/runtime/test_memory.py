@@ -93,15 +93,13 @@ def test_states_of_recurrent_layers_are_taken_from_what_is_available(monkeypatch
 @pytest.mark.parametrize(
     ("reaches", "tokens", "share"),
     [
-        ([None] + [Reach(window=1024)] * 5, 32768, 0.25),  # Gemma 3 12B
-        ([None, Reach(window=128)], 131072, 0.51),  # gpt-oss-20b
+        ([Reach()] + [Reach(window=1024)] * 5, 32768, 0.25),  # Gemma 3 12B
+        ([Reach(), Reach(window=128)], 131072, 0.51),  # gpt-oss-20b
         ([Reach(window=4096)], 32768, 0.19),  # Mistral 7B v0.1
-        ([None, Reach(window=4096)], 4096, 1.0),  # Gemma 2, whose window is no shorter than such a sequence
+        ([Reach(), Reach(window=4096)], 4096, 1.0),  # Gemma 2, whose window is no shorter than such a sequence
     ],
 )
-def test_what_a_sequence_takes_where_layers_have_windows(
-    reaches: list[Reach | None], tokens: int, share: float
-) -> None:
+def test_what_a_sequence_takes_where_layers_have_windows(reaches: list[Reach], tokens: int, share: float) -> None:
     """Chunks of 2048 tokens, the default; the planner serves as long a sequence as fits in the same memory."""
     most = most_blocks(tokens, 16, reaches, 2048)
     assert most / (len(reaches) * tokens // 16) == pytest.approx(share, abs=0.005)
@@ -109,5 +107,5 @@ def test_what_a_sequence_takes_where_layers_have_windows(
     config = EngineConfig(model="x", kv_cache_memory=memory_of_it)
     found = memory.size_cache(config, 1000, 10**6, CPU, reaches=reaches, longest_chunk=2048)
     assert tokens <= found.max_model_len
-    ends = None in reaches  # where all layers have a window, nothing grows
+    ends = Reach() in reaches  # where all layers have a window, nothing grows
     assert (most_blocks(found.max_model_len + 1, 16, reaches, 2048) > found.blocks) == ends

@@ -28,7 +28,7 @@ def run_step(scheduler: Scheduler) -> dict[Request, FinishReason]:
         assert chunk.start == chunk.request.computed
         for table, reach in zip(chunk.request.blocks, scheduler.pool.reaches, strict=True):
             assert len(table) >= scheduler.pool.blocks_for(chunk.stop)
-            assert GONE not in table[0 if reach is None else reach.first(chunk.start) // scheduler.pool.size :]
+            assert GONE not in table[reach.first(chunk.start) // scheduler.pool.size :]
     scheduler.pool.check(scheduler.live())
     ended = scheduler.commit(plan, {chunk.request: 7 for chunk in plan if chunk.samples})
     scheduler.pool.check(scheduler.live())

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from attention.base import Reach
 from runtime import LLM, SamplingParams
@@ -14,11 +15,12 @@ from runtime.blocks import GONE, BlockPool
 from runtime.engine import Engine
 from runtime.request import Request
 from runtime.scheduler import Scheduler
+from tests.architectures.tiny import tiny_config
 from tests.greedy import greedy_alone
 from tests.runtime.test_scheduler import finished, make_request, run_step
-from tests.tiny_models import VOCABULARY, tiny_model
+from tests.tiny_models import VOCABULARY, randomize, tiny_model
 
-REACHES = (None, Reach(window=6), Reach(chunk=5))
+REACHES = (Reach(), Reach(window=6), Reach(chunk=5))
 SIZE = 4
 
 
@@ -52,7 +54,7 @@ def test_every_token_finds_what_it_sees_and_nothing_more_is_held(seed: int, budg
 
 
 def test_a_prefix_is_found_if_the_window_before_its_end_is_there() -> None:
-    pool = BlockPool(40, SIZE, reaches=(None, Reach(window=6)))
+    pool = BlockPool(40, SIZE, reaches=(Reach(), Reach(window=6)))
     request = make_request(0, 24, 1)
     pool.adopt(request, pool.match(request))
     assert pool.grow(request, 24)
@@ -71,7 +73,7 @@ def test_a_prefix_is_found_if_the_window_before_its_end_is_there() -> None:
 
 
 def test_a_prefix_ends_where_the_window_is_whole() -> None:
-    pool = BlockPool(40, SIZE, reaches=(None, Reach(window=6)))
+    pool = BlockPool(40, SIZE, reaches=(Reach(), Reach(window=6)))
     finished(pool, make_request(0, 24, 1))
     tables = pool.match(make_request(1, 30, 1)).tables
     pool.forget([tables[1][5]])
@@ -98,14 +100,22 @@ def test_nobody_starts_from_what_a_failed_request_gave_back() -> None:
 
 LAYERS = ["full_attention", *["sliding_attention"] * 3]
 WINDOW = 4
+UNLIKE: dict[str, Any] = {"layer_types": LAYERS[::-1], "num_kv_shared_layers": 0, "global_head_dim": 16}
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 PROMPTS = [[(7 * place + 3 * i * i) % VOCABULARY for i in range(size)] for place, size in enumerate((40, 17, 3, 29, 1))]
 
 
-def answered(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[list[int]]]:
-    """A Gemma 3 with three windows of 4 tokens for a layer that sees everything, and its answers to each prompt alone."""
-    model = tiny_model("gemma3", num_hidden_layers=4, layer_types=LAYERS)
-    folder = tmp_path_factory.mktemp("gemma3")
+def answered(tmp_path_factory: pytest.TempPathFactory, kind: str = "gemma3") -> tuple[str, list[list[int]]]:
+    """A model with three windows of 4 tokens for a layer that sees everything, and its answers to each prompt alone. In
+    the Gemma 4 that layer is the last, and its keys are wider."""
+    if kind == "gemma4":
+        tiny = tiny_config("gemma4_text").to_dict() | UNLIKE
+        del tiny["per_layer_config"]  # which follows from these
+        config = AutoConfig.for_model(**tiny)
+        model = randomize(AutoModelForCausalLM.from_config(config, attn_implementation="eager")).eval()
+    else:
+        model = tiny_model(kind, num_hidden_layers=4, layer_types=LAYERS)
+    folder = tmp_path_factory.mktemp(kind)
     model.save_pretrained(folder)
     return str(folder), [greedy_alone(model, prompt, GREEDY.max_tokens or 0) for prompt in PROMPTS]
 
@@ -113,6 +123,11 @@ def answered(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[list[i
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[list[int]]]:
     return answered(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def unlike(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[list[int]]]:
+    return answered(tmp_path_factory, "gemma4")
 
 
 def load(folder: str, **options: Any) -> LLM:
@@ -131,17 +146,7 @@ def test_answers_are_those_of_each_alone_over_blocks_full_of_nan(
     """Every block that is given back holds NaN at once; a second round starts from what is still cached."""
     folder, answers = checkpoint
     llm = load(folder, attention_backend=backend, **options)
-    cache, pool = llm.engine.runner.cache, llm.engine.scheduler.pool
-    schedule = Scheduler.schedule
-
-    def poisoned(self: Scheduler) -> Any:
-        plan = schedule(self)
-        nobodys = [block for block in pool._free if block not in pool._held]
-        for tensor in (*cache.k, *cache.v):
-            tensor[nobodys] = torch.nan
-        return plan
-
-    monkeypatch.setattr(Scheduler, "schedule", poisoned)
+    poison_blocks_of_nobody(llm, monkeypatch)
     for _ in range(2):
         assert [output.outputs[0].token_ids for output in llm.generate(PROMPTS, GREEDY)] == answers
     stats = llm.engine.stats()
@@ -149,6 +154,40 @@ def test_answers_are_those_of_each_alone_over_blocks_full_of_nan(
     assert (stats.preemptions > 0) == ("max_total_tokens" in options)
     assert stats.prefix_hits > 0 or stats.preemptions
     assert "3 of 4 groups of layers free the blocks behind their window" in llm.report
+
+
+@pytest.mark.parametrize(
+    ("backend", "options"),
+    [("cpu", {"max_num_batched_tokens": 9}), ("reference", {"max_total_tokens": 40, "max_num_batched_tokens": 9})],
+    ids=["chunked", "preempted"],
+)
+def test_so_are_those_where_layers_are_of_unlike_shape(
+    unlike: tuple[str, list[list[int]]], options: dict[str, Any], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, answers = unlike
+    llm = load(folder, attention_backend=backend, **options)
+    poison_blocks_of_nobody(llm, monkeypatch)
+    for _ in range(2):
+        assert [output.outputs[0].token_ids for output in llm.generate(PROMPTS, GREEDY)] == answers
+    assert llm.engine.runner.cache.layout.pages == (1, 2, 2)
+    assert (llm.engine.stats().preemptions > 0) == ("max_total_tokens" in options)
+    assert "2 of 3 groups of layers free the blocks behind their window" in llm.report
+
+
+def poison_blocks_of_nobody(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on whatever no sequence holds, and nobody would find, is NaN before each step."""
+    cache, pool = llm.engine.runner.cache, llm.engine.scheduler.pool
+    schedule = Scheduler.schedule
+
+    def poisoned(self: Scheduler) -> Any:
+        plan = schedule(self)
+        nobodys = [block for block in pool._free if block not in pool._held]
+        for tensor in {tensor.untyped_storage().data_ptr(): tensor for tensor in (*cache.k, *cache.v)}.values():
+            memory = tensor.new_empty(0).set_(tensor.untyped_storage())
+            memory.view(cache.blocks, -1)[nobodys] = torch.nan
+        return plan
+
+    monkeypatch.setattr(Scheduler, "schedule", poisoned)
 
 
 def test_the_same_memory_holds_longer_and_more_sequences(
