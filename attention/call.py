@@ -75,7 +75,8 @@ class Call:
         if self.q.shape[0] != 1:
             return f"a batch of {self.q.shape[0]}, but sequences must be packed into one row"
         if self.k.shape[2] != self.q.shape[2]:
-            return f"{self.q.shape[2]} queries meet {self.k.shape[2]} keys: cross-attention or a foreign cache"
+            keys = "keys that the model compresses or keeps by itself, or another sequence's"
+            return f"{self.q.shape[2]} queries meet {self.k.shape[2]} keys: {keys}"
         if self.options.get("is_causal") is False or getattr(self.module, "is_causal", True) is False:
             return "it is not causal (is_causal is False)"
         if self.dropout:

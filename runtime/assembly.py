@@ -106,9 +106,10 @@ def assemble(config: EngineConfig) -> Parts:
 
 def _decide(config: EngineConfig, checkpoint: Checkpoint) -> _Decided:
     plan = make_plan(checkpoint, **config.loading)
-    plan.require_complete()
     try:
+        # What nothing here computes comes first: such a model may store its tensors in ways of its own, too.
         layers = read_layers(plan.config, plan.trust_remote_code, plan.dtype, siblings=config.fuse)
+        plan.require_complete()
         plan = plan.dequantizing(layers.absorbed, ABSORBED)
         plan = replace(plan, siblings=plan_siblings(plan, layers.siblings))
         selection = select(layers.attention, plan.device, config.attention_backend, build)
