@@ -7,7 +7,8 @@ torch; for bfloat16 ``x`` the panel is rounded to bfloat16, as a dense weight wo
 begins to be faster than the other. No dense copy is ever kept.
 
 A code takes 4 bits or 8, whichever it fits into. Where the layer's inputs are quantized, they are rounded as the reference
-rounds them (:mod:`quant.activation`), and what comes back is multiplied.
+rounds them (:mod:`quant.activation`). int8 ones are multiplied as the integers they are by those of the weight, where the
+processor has AVX512-VNNI: sums of a group are exact, however many rows. Of all others, what comes back is multiplied.
 
 float16 ``x`` is computed as float32 and rounded once. Gradients do not flow: this is for inference.
 """
@@ -28,18 +29,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quant.activation import quantize_dequantize
-from quant.base import LinearKernel, LinearShape, QuantWeight, Scheme, WeightKind
+from quant.base import Activation, LinearKernel, LinearShape, QuantWeight, Scheme, WeightKind
 from quant.kernels import native
 from quant.packing import CACHED_WORDS, E2M1_VALUES, pack_stream, unpack_stream
 
 PATHS = ("portable", "avx2", "avx512", "avx512-bf16", "amx")
 """What ``cpu_linear.c`` has code for, in its order."""
 AVX512, BF16, AMX = 2, 3, 4
+VNNI = 5
+"""One more, for quantized inputs; processors have it or not from AVX-512 on."""
+LARGEST_GROUP = 1 << 16
+"""Inputs under one scale: more products of 8 bits might not fit into a sum of 32."""
 
 PANEL_ROWS = (8, 64, 64, 96)
 """By path: more rows than this go by panels. Measured at 4096 x 4096, as is the next."""
 PANEL_ROWS_PER_INPUT = 8
 """With AMX, bfloat16 x goes by panels beyond this many rows for every input of a group: small groups cost more there."""
+VNNI_ROWS_WITH_AMX = 64
+"""AMX multiplies more rows sooner in bfloat16 than VNNI does in int8, by the peak rates of the two; not measured."""
 PANEL_BYTES = 2 << 20
 THREAD_WEIGHTS = 1 << 18
 """Weights that are worth one more thread."""
@@ -63,7 +70,9 @@ class _Job(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("kind", "type", "scale_type", "rows", "pieces")),
         *((name, ctypes.c_int64) for name in ("outputs", "inputs", "group", "padded")),
         ("factor", ctypes.c_double),
-        ("work", ctypes.c_int64 * 12),
+        *((name, ctypes.c_int64) for name in ("input_type", "code_type", "input_group")),
+        ("input_scale", ctypes.c_double),
+        ("work", ctypes.c_int64 * 14),
     ]
 
 
@@ -97,6 +106,15 @@ class CpuWeight(QuantWeight):
         """Whether what the codes mean has at most 8 significant bits."""
         return self.table is None or torch.equal(self.table, self.table.bfloat16().float())
 
+    @cached_property
+    def of_integers(self) -> bool:
+        """Whether codes can be multiplied by those of the inputs: int8 without a zero point, steps for whole groups."""
+        how, group = self.scheme.activation, min(self.scheme.group, self.shape.in_features)
+        if how is None or not self.scheme.kind.is_integer or group > LARGEST_GROUP:
+            return False
+        steps_fit = how.group is None or (how.group % group == 0 and self.order is None)
+        return steps_fit and how == Activation(WeightKind.INT8, how.group, how.static)
+
     def __getstate__(self) -> dict[str, object]:
         return {
             name: value for name, value in vars(self).items() if name != "job"
@@ -107,7 +125,8 @@ class CpuWeight(QuantWeight):
 def library() -> ctypes.CDLL | str:
     """The compiled kernels, or why there are none."""
     here = Path(__file__).parent
-    return native.build(here / "cpu_linear.c", here / "cpu_linear_rows.h", here / "cpu_linear_amx.h")
+    parts = ("cpu_linear_rows.h", "cpu_linear_amx.h", "cpu_linear_vnni.h")
+    return native.build(here / "cpu_linear.c", *(here / part for part in parts))
 
 
 class CpuKernel(LinearKernel):
@@ -131,10 +150,14 @@ class CpuKernel(LinearKernel):
     def _path(self) -> int:
         return min(self.widest, self._native.detect())
 
+    @cached_property
+    def _vnni(self) -> bool:
+        return self._path >= AVX512 and bool(self._native.detect_vnni())
+
     @property
     def summary(self) -> str:
         threads = "" if ctypes.c_int.in_dll(self._native, "openmp").value else ", one thread (built without OpenMP)"
-        return f"C, {PATHS[self._path]}{threads}"
+        return f"C, {PATHS[self._path]}{', VNNI for int8 inputs' * self._vnni}{threads}"
 
     def refuses(self, scheme: Scheme, shape: LinearShape, device: torch.device) -> str | None:
         if device.type != "cpu":
@@ -182,11 +205,17 @@ class CpuKernel(LinearKernel):
         if x.device.type != "cpu" or x.dtype not in TYPES or x.shape[-1] != weight.shape.in_features:
             raise ValueError(f"x is {x.dtype} {list(x.shape)} on {x.device}, the weight is {weight.shape} on a CPU")
         dtype, activation = x.dtype, weight.scheme.activation
+        if weight.of_integers and self._multiplies_integers(x.numel() // weight.job.inputs):
+            y = self._directly(VNNI, x, weight, bias)
+            return y if y.dtype == dtype else y.to(dtype)
         if activation is not None:
             x = quantize_dequantize(x, activation, weight.input_scale, weight.input_zero)
         path = self._path_for(x, weight)
         y = self._by_panels(x, weight, bias) if path is None else self._directly(path, x, weight, bias)
         return y if y.dtype == dtype else y.to(dtype)
+
+    def _multiplies_integers(self, rows: int) -> bool:
+        return self._vnni and (self._path != AMX or rows <= VNNI_ROWS_WITH_AMX)
 
     def _path_for(self, x: Tensor, weight: CpuWeight) -> int | None:
         """Index of the path that multiplies so many rows soonest; ``None``: torch does, by panels."""
@@ -201,7 +230,9 @@ class CpuKernel(LinearKernel):
         job.pieces = PIECES[x.dtype] if path == AMX else 1
         dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
         y = torch.empty(*x.shape[:-1], job.outputs, dtype=dtype)
-        x, bias = _as(dtype, x), None if bias is None else _as(dtype, bias)
+        x, bias = _as(x.dtype if path == VNNI else dtype, x), None if bias is None else _as(dtype, bias)
+        if path == VNNI:
+            _quantize_inputs(job, x, weight)
         job.x, job.y, job.type, job.rows = x.data_ptr(), y.data_ptr(), TYPES[dtype], x.numel() // job.inputs
         job.bias = None if bias is None else bias.data_ptr()
         if job.rows and self._native.linear(path, _threads(job.inputs * job.outputs), ctypes.byref(job)):
@@ -230,6 +261,15 @@ class CpuKernel(LinearKernel):
             else:
                 torch.addmm(bias[here], x.view(-1, inputs), panel, out=y.view(-1, outputs)[:, here])
         return y
+
+
+def _quantize_inputs(job: _Job, x: Tensor, weight: CpuWeight) -> None:
+    """Tell how :func:`quant.activation.quantize_dequantize` rounds ``x``."""
+    how, scale = weight.scheme.activation, weight.input_scale
+    assert how is not None
+    job.input_type, job.input_group = TYPES[x.dtype], how.group or job.inputs
+    job.input_scale = 0.0 if scale is None else scale.item()
+    job.code_type = TYPES[x.dtype if scale is None else torch.promote_types(x.dtype, scale.dtype)]
 
 
 def _code_kind(kind: WeightKind) -> int:

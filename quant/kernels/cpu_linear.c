@@ -31,10 +31,15 @@ typedef struct {
     void *y;
     int64_t kind, type, scale_type, rows, pieces, outputs, inputs, group, padded;
     double factor;
+    // Where x is quantized: its type, the type to do it in, inputs that share a step; the step if it is fixed, else 0.
+    int64_t input_type, code_type, input_group;
+    double input_scale;
     // Filled in here:
     int64_t groups, row_limit;
     void *packed;  // x as the path wants it
-    float *sums;   // [group][row_limit]: sums of x, for the zero points
+    float *sums;   // [group][row_limit]: sums of x, for the zero points; of its codes, as int32, where it is quantized
+    float *steps;  // [group][row_limit], and
+    int8_t *codes; // [row][inputs], where it is
     uint16_t pairs[32];  // the table in bfloat16, twice, since a nibble's neighbour may sit in the fifth bit of an index
 } Job;
 
@@ -204,6 +209,7 @@ VECTORS(bf16, 16)
 #include "cpu_linear_rows.h"
 
 #include "cpu_linear_amx.h"
+#include "cpu_linear_vnni.h"
 #endif
 
 static const struct {
@@ -211,6 +217,7 @@ static const struct {
     void (*run)(const Job *job, int64_t tile, int64_t first, int64_t last);
     void (*dequantize)(const Job *job, int64_t tile, int64_t group);
     int64_t block, bytes;  // rows packed together, and bytes an input (AMX: a piece of an input) is packed to
+    void (*quantize)(const Job *job, int64_t row);
 } paths[] = {
     {pack_portable, run_portable, dequantize_portable, ROWS, 4},
 #ifdef X86
@@ -218,6 +225,7 @@ static const struct {
     {pack_avx512, run_avx512, dequantize_avx512, ROWS, 4},
     {pack_bf16, run_bf16, dequantize_avx512, ROWS, 2},
     {pack_amx, run_amx, dequantize_avx512, LANES, 2},
+    {pack_vnni, run_vnni, dequantize_avx512, ROWS, 1, quantize_vnni},
 #endif
 };
 
@@ -227,13 +235,18 @@ int linear(int path, int threads, const Job *given) {
     job.groups = divide_up(job.inputs, job.group);
     job.row_limit = divide_up(job.rows, LANES) * LANES;
     int64_t row_bytes = job.groups * job.padded * job.pieces * paths[path].bytes, bytes = job.row_limit * row_bytes;
-    job.packed = aligned_alloc(64, divide_up(bytes + job.row_limit * job.groups * 4, 64) * 64);
+    int64_t by_group = job.row_limit * job.groups, codes = paths[path].quantize ? job.rows * job.inputs : 0;
+    job.packed = aligned_alloc(64, divide_up(bytes + by_group * 8 + codes, 64) * 64);
     if (!job.packed) return 1;
     job.sums = (float *)((char *)job.packed + bytes);
+    job.steps = job.sums + by_group;
+    job.codes = (int8_t *)(job.steps + by_group);
     for (int i = 0; i < 32; i++) job.pairs[i] = to_bf16(job.table[i % 16]);
     // As many rows at a time as stay in a cache while they meet tile after tile.
     int64_t pass = min(PASS, divide_up(PASS_BYTES, row_bytes * TILE) * TILE), passes = divide_up(job.rows, pass);
     int64_t tiles = divide_up(job.outputs, TILE), blocks = divide_up(job.rows, paths[path].block);
+#pragma omp parallel for num_threads(threads) if (job.rows > ROWS)
+    for (int64_t row = 0; row < (paths[path].quantize ? job.rows : 0); row++) paths[path].quantize(&job, row);
 #pragma omp parallel for num_threads(threads) if (job.rows > ROWS)
     for (int64_t i = 0; i < blocks * job.groups; i++) paths[path].pack(&job, i / job.groups, i % job.groups);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
@@ -241,6 +254,15 @@ int linear(int path, int threads, const Job *given) {
         paths[path].run(&job, i % tiles, i / tiles * pass, min(job.rows, (i / tiles + 1) * pass));
     free(job.packed);
     return 0;
+}
+
+// Whether there is the path behind AMX, for inputs that are quantized.
+int detect_vnni(void) {
+#ifdef X86
+    return detect() >= 2 && __builtin_cpu_supports("avx512vnni");
+#else
+    return 0;
+#endif
 }
 
 // The dense weight of `outputs`, a multiple of 32, to y [inputs][outputs], in the layer's input order.

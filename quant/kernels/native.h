@@ -24,6 +24,7 @@
 #define AVX2 TARGETS("avx2,fma")
 #define AVX512 TARGETS(AVX512_FEATURES)
 #define BF16 TARGETS("avx512bf16," AVX512_FEATURES)
+#define VNNI TARGETS("avx512vnni," AVX512_FEATURES)
 #define AMX TARGETS("amx-tile,amx-bf16," AVX512_FEATURES)
 #endif
 
