@@ -44,6 +44,7 @@ def inspect(
     attention_backend: str | None = None,
     weight_only: bool | None = None,
     lm_head_quantization: str | None = None,
+    activation_quantization: str | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> Inspection:
@@ -59,6 +60,7 @@ def inspect(
         kernel=kernel,
         weight_only=weight_only,
         lm_head_quantization=lm_head_quantization,
+        activation_quantization=activation_quantization,
         trust_remote_code=trust_remote_code,
     )
     try:

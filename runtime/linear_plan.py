@@ -9,13 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from quant import kernels
-from quant.base import Activation, LinearShape, NoKernel, QuantMethod, Scheme, TensorSpec, blank
+from quant.base import Activation, LinearShape, NoKernel, QuantMethod, Scheme, TensorSpec, WeightKind, blank
 from quant.embedding import lookup
 from quant.onload.base import OnLoad
 from runtime.accounting import DENSE_DTYPES, check_stored
 from runtime.errors import LoadError
 from runtime.naming import Headers
 from runtime.quantization import linear_shape, matrix_shape, refuse_shared, stored_transposed
+
+INPUTS = ("int8",)
+"""What ``--activation-quantization`` may ask for."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class ModulePlan:
     what the kernel adds, ``dropped`` the activation quantization that the checkpoint asks for and that is left out.
     ``transposed``: a dense weight of it is ``[in, out]``. ``dequantized``: once loaded it is an ``nn.Linear``. ``packed``: how
     the weight of a module that is no linear layer is stored; it becomes dense. ``rounding``: what quantizes the weight once it
-    is loaded dense."""
+    is loaded dense. ``asked``: the quantization of its inputs was asked for, the checkpoint knows nothing of it."""
 
     name: str
     shape: LinearShape
@@ -40,6 +43,7 @@ class ModulePlan:
     dequantized: bool = False
     packed: Scheme | None = None
     rounding: OnLoad | None = None
+    asked: bool = False
 
     @property
     def read_quantized(self) -> bool:
@@ -71,9 +75,17 @@ def plan_linears(
     asked: str | None,
     weight_only: bool | None,
     transposed: Collection[str] = (),
+    inputs: str | None = None,
 ) -> dict[str, ModulePlan]:
     """A plan for every ``nn.Linear`` and ``Conv1D``, and for embeddings that are stored quantized. ``transposed``: layers
-    whose dense weight is stored ``[in, out]``, beside every ``Conv1D``."""
+    whose dense weight is stored ``[in, out]``, beside every ``Conv1D``. ``inputs`` (:data:`INPUTS`): what the inputs of layers
+    of integers are rounded to where they would be left alone."""
+    if inputs is not None and inputs not in INPUTS:
+        raise LoadError(f"--activation-quantization {inputs}: unknown; choose one of {', '.join(INPUTS)}.")
+    if inputs is not None and weight_only:
+        raise LoadError(
+            "--activation-quantization rounds inputs and --weight-only leaves them alone; give one of them."
+        )
     plans: dict[str, ModulePlan] = {}
     executes = method is None or method.executes_inputs_on is None or device.type in method.executes_inputs_on
     left_alone = not executes if weight_only is None else weight_only
@@ -96,6 +108,9 @@ def plan_linears(
         dropped = scheme.activation if left_alone else None
         if dropped is not None:
             scheme = replace(scheme, activation=None)
+        rounded = None if inputs is None or dropped is not None else _rounded_inputs(scheme, shape)
+        if rounded is not None:
+            scheme = replace(scheme, activation=rounded)
         stored = method.tensors(written, shape)
         for local, expected in stored.items() if not isinstance(method, OnLoad) else ():
             check_stored(f"{name}.{local}", headers.tensors.get(f"{name}.{local}"), expected)
@@ -109,13 +124,29 @@ def plan_linears(
         held = kernels.held_bytes(choice.kernel, scheme, shape, scale)
         packed = blank(scheme, shape, scale).nbytes
         turned = stored_transposed(module) or name in transposed
-        plans[name] = ModulePlan(name, shape, stored, scheme, choice, reason, held, packed, dropped, turned)
+        plans[name] = ModulePlan(
+            name, shape, stored, scheme, choice, reason, held, packed, dropped, turned,
+            asked=rounded is not None,
+        )  # fmt: skip
     if method and method.quantizes_layers and not any(plan.scheme or plan.stored for plan in plans.values()):
         raise LoadError(
             f"quantization_config says {method.summary}, but no linear layer of {type(model).__name__} is stored so. "
             "The checkpoint is dense or damaged: remove quantization_config to load it as it is."
         )
+    if inputs is not None and not any(plan.asked for plan in plans.values()):
+        raise LoadError(
+            f"--activation-quantization {inputs}: no layer has weights of integers and inputs that are left alone. "
+            "Leave the option out."
+        )
     return plans
+
+
+def _rounded_inputs(scheme: Scheme, shape: LinearShape) -> Activation | None:
+    """int8 under a scale for every group of the weight, so that one large input coarsens few; ``None``: not this layer's."""
+    if shape.lookup or scheme.activation is not None or not scheme.kind.is_integer:
+        return None
+    whole_rows = scheme.flat or scheme.act_order or scheme.group >= shape.in_features
+    return Activation(WeightKind.INT8, None if whole_rows else scheme.group)
 
 
 def explained(choice: kernels.Choice, remark: str | None = None) -> str:

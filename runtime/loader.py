@@ -216,6 +216,7 @@ def load_model(
     attn_implementation: str | None = None,
     weight_only: bool | None = None,
     lm_head_quantization: str | None = None,
+    activation_quantization: str | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> nn.Module:
@@ -227,7 +228,8 @@ def load_model(
     :data:`quant.onload.NAMES`), with the options of :class:`quant.onload.options.Options` in ``quantization_config``.
     ``kernel`` chooses what multiplies, ``weight_only`` says whether the quantization of inputs that a checkpoint may ask
     for is left out (``None``: as the format's own library does on this device), ``lm_head_quantization`` what a dense output
-    head is rounded to (``int8``). Raises :class:`LoadError`.
+    head is rounded to (``int8``), ``activation_quantization`` what the inputs of integer layers are rounded to that the
+    checkpoint leaves alone (``int8``: faster, less exact). Raises :class:`LoadError`.
     """
     checkpoint = Checkpoint.open(path, revision, code=trust_remote_code)
     plan = make_plan(
@@ -239,6 +241,7 @@ def load_model(
         kernel=kernel,
         weight_only=weight_only,
         lm_head_quantization=lm_head_quantization,
+        activation_quantization=activation_quantization,
         trust_remote_code=trust_remote_code,
     )
     loaded = load(plan, attn_implementation)

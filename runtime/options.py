@@ -12,8 +12,8 @@ from typing import Any
 from runtime.foreign_options import foreign_options
 
 LOADING = (
-    "quantization", "quantization_config", "kernel", "weight_only", "lm_head_quantization", "attention_backend", "dtype",
-    "device", "trust_remote_code", "revision",
+    "quantization", "quantization_config", "kernel", "weight_only", "lm_head_quantization",
+    "activation_quantization", "attention_backend", "dtype", "device", "trust_remote_code", "revision",
 )  # fmt: skip
 ENGINE = (
     "tokenizer", "skip_tokenizer_init", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_total_tokens",
@@ -48,6 +48,10 @@ def loading_options(parser: argparse.ArgumentParser) -> None:
         metavar="WAY",
         help="int8: rounds an output head that is stored dense (default: left alone)",
     )
+    group.add_argument(
+        "--activation-quantization", metavar="WAY",
+        help="int8: rounds the inputs of layers of integers too (W4A8): faster on CPUs with VNNI, less exact (default: never)",
+    )  # fmt: skip
     group.add_argument("--attention-backend", metavar="NAME", help="what attends; default: the best here")
     group.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 (half) or float32 (default: auto)")
     group.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")

@@ -160,6 +160,7 @@ def make_plan(
     kernel: str | None = None,
     weight_only: bool | None = None,
     lm_head_quantization: str | None = None,
+    activation_quantization: str | None = None,
     trust_remote_code: bool = False,
 ) -> LoadPlan:
     """The plan for a checkpoint on a device.
@@ -168,7 +169,8 @@ def make_plan(
     dense one is quantized to. ``kernel`` chooses the kernel; neither affects the other. ``weight_only`` true leaves the
     inputs of layers alone where the checkpoint wants them quantized, false never does; ``None`` does
     what the format's own library does on this device. ``lm_head_quantization`` (:data:`runtime.head.WAYS`) says what a dense
-    output head is rounded to. Raises :class:`LoadError`; tensors without owner or source are
+    output head is rounded to, ``activation_quantization`` what the inputs of integer layers are rounded to that the checkpoint
+    leaves alone. Raises :class:`LoadError`; tensors without owner or source are
     left to :meth:`LoadPlan.require_complete`.
     """
     place = resolve_device(device)
@@ -188,7 +190,9 @@ def make_plan(
             raise NoKernel(
                 f"--kernel {kernel} multiplies by quantized weights, and this checkpoint has none. Leave it out."
             )
-        modules = plan_linears(model, method, headers, place, precision, kernel, weight_only, experts.transposed)
+        modules = plan_linears(
+            model, method, headers, place, precision, kernel, weight_only, experts.transposed, activation_quantization
+        )
     except QuantError as error:
         raise LoadError(f"{checkpoint.folder}: {error}") from error
     on_load = isinstance(method, OnLoad)

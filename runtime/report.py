@@ -189,11 +189,12 @@ def _input_lines(plan: LoadPlan) -> list[tuple[str, str]]:
     """Which linear layers quantize their inputs, and which would if they were run as the checkpoint says."""
     lines = []
     says = "the method does" if plan.on_load else "the checkpoint says"
-    for (executed, dropped), count in Counter(
-        (m.scheme.activation, m.dropped) for m in plan.quantized if m.scheme
+    for (executed, dropped, asked), count in Counter(
+        (m.scheme.activation, m.dropped, m.asked) for m in plan.quantized if m.scheme
     ).items():
         if executed:
-            lines.append(("inputs", f"of {count} linear layers quantized, as {says}: {executed}"))
+            source = "as --activation-quantization asks, not the checkpoint" if asked else f"as {says}"
+            lines.append(("inputs", f"of {count} linear layers quantized, {source}: {executed}"))
         if dropped:
             lines.append(("inputs", f"of {count} linear layers left alone (weight only); {says}: {dropped}"))
     return lines

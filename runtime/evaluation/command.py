@@ -116,7 +116,8 @@ def show_difference(arguments: argparse.Namespace) -> int:
     if candidate == reference:
         raise InvalidRequest(
             "nothing differs between the sides: give a CANDIDATE, or what is to be tried of the same checkpoint: "
-            "--kernel, --attention-backend, --kv-cache-dtype, --quantization, --lm-head-quantization, --reference-dtype."
+            "--kernel, --attention-backend, --kv-cache-dtype, --quantization, "
+            "--lm-head-quantization, --activation-quantization, --reference-dtype."
         )
     result = compare(
         reference,

@@ -107,6 +107,10 @@ ROWS = {
         _on_load("w8a8-int8", ROUNDED, quantization="w8a8_int8"),
         Row("head-int8", "on load", _plain("demo-bf16", lm_head_quantization="int8", kernel="reference")),
         Row("w8a8-int8", "inputs or KV", kind=WeightKind.INT8, activation=Activation(WeightKind.INT8), tolerance=ROUNDED),
+        Row(
+            "awq-int4-g128-a8", "inputs or KV", _plain("demo", activation_quantization="int8", kernel="reference"),
+            tolerance=ROUNDED,
+        ),
         _cache("int8"), _cache("fp8_e4m3"),
     )
 }  # fmt: skip
