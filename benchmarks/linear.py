@@ -1,9 +1,10 @@
 """Times quantized linear layers against bfloat16 and torch's own 4-bit operator, with weights cold in memory.
 
-    python -m benchmarks.linear [--kinds int4 nf4] [--kernel NAME] [--rows 1 8 64 256] [--group 128] [--threads 2]
+    python -m benchmarks.linear [--kinds awq nf4] [--kernel NAME] [--rows 1 8 64 256] [--group 128] [--threads 2]
 
-Every path is compared with the reference first; one that is wrong gets no number and fails the run. "Of bound" is the
-time that reading the path's weight would take at the rate measured in the same turns, relative to the time it took.
+All kinds of a shape take turns, so that their ratios to each other hold on a machine that does not. Every path is compared
+with the reference first; one that is wrong gets no number and fails the run. "Of bound" is the time that reading the path's
+weight would take at the rate measured in the same turns, relative to the time it took.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from torch.nn import functional as F
 
 from benchmarks.timing import copies_beyond_cache, in_turn, measure, print_json, reader
 from quant import kernels
-from quant.base import LinearShape, QuantWeight, Scheme, WeightKind, canonical_specs
+from quant.activation import quantize_dequantize
+from quant.base import Activation, LinearShape, QuantWeight, Scheme, WeightKind, canonical_specs
 from quant.packing import unpack_stream
 from quant.reference import dequantize
 
@@ -36,22 +38,36 @@ INT4PACK_GROUPS = (32, 64, 128, 256)
 
 @dataclass(frozen=True)
 class Peer:
-    """One path: how it multiplies, and as many copies of its weight, of ``nbytes`` each, as no cache holds."""
+    """One path: how it multiplies, as many copies of its weight, of ``nbytes`` each, as no cache holds, and what it should
+    give for ``x``."""
 
     multiply: Callable[[Tensor, Any], Tensor]
     copies: list[Any]
     nbytes: int
+    expected: Callable[[Tensor], Tensor]
 
 
-KINDS = ("int4", "int8", "nf4", "mxfp4", "nvfp4", "fp8", "fp8-block")
-"""Integers have the group asked for and zero points; the others the groups that their formats have."""
+KINDS = (
+    "awq", "gptq", "gptq-act-order", "compressed-tensors", "w4a8", "int8", "w8a8", "nf4", "mxfp4", "nvfp4", "fp8",
+    "fp8-block",
+)  # fmt: skip
+"""Integers have the group asked for, ``w8a8`` one scale an output; the others the groups that their formats have. ``awq`` has
+zero points; so has ``w4a8``, whose inputs are rounded to int8, in groups too."""
+COMPARED = "awq"
+"""What the other kinds of 4 bits should be as fast as."""
 
 
 def scheme_of(kind: str, shape: LinearShape, group: int) -> tuple[Scheme, torch.dtype]:
     """What a kind of :data:`KINDS` is, and the dtype of its scales."""
-    if kind.startswith("int"):
-        return Scheme(WeightKind(kind), (1, group), zero_point=True), torch.float16
+    int4, int8, rows = WeightKind.INT4, WeightKind.INT8, (1, shape.in_features)
     return {
+        "awq": (Scheme(int4, (1, group), zero_point=True), torch.float16),
+        "gptq": (Scheme(int4, (1, group)), torch.float16),
+        "gptq-act-order": (Scheme(int4, (1, group), act_order=True), torch.float16),
+        "compressed-tensors": (Scheme(int4, (1, group)), torch.bfloat16),
+        "w4a8": (Scheme(int4, (1, group), zero_point=True, activation=Activation(int8, group)), torch.float16),
+        "int8": (Scheme(int8, (1, group), zero_point=True), torch.float16),
+        "w8a8": (Scheme(int8, rows, activation=Activation(int8)), torch.bfloat16),
         "nf4": (Scheme(WeightKind.NF4, (1, 64)), torch.float32),
         "mxfp4": (Scheme(WeightKind.E2M1, (1, 32)), torch.float8_e8m0fnu),
         "nvfp4": (Scheme(WeightKind.E2M1, (1, 16), global_scale=True), torch.float8_e4m3fn),
@@ -72,24 +88,33 @@ def random_weight(kind: str, shape: LinearShape, group: int) -> QuantWeight:
         q=q,
         scale=(torch.rand(sizes["scale"]) * 0.01 + 0.01).to(dtype),
         zero=torch.randint(2**scheme.kind.bits, sizes["zero"], dtype=torch.uint8) if scheme.zero_point else None,
+        order=torch.randperm(shape.in_features, dtype=torch.int32) if scheme.act_order else None,
         table=torch.linspace(-1, 1, 16) if scheme.kind.has_table else None,
         global_scale=torch.ones(1) if scheme.global_scale else None,
     )
 
 
-def ours(weight: QuantWeight, asked: str | None) -> tuple[str, Peer]:
+def product_with(weight: QuantWeight) -> Callable[[Tensor], Tensor]:
+    """The product in float64, of rounded inputs where they are to be."""
+    dense, how = dequantize(weight).double(), weight.scheme.activation
+    return lambda x: (x if how is None else quantize_dequantize(x, how, None, None)).double() @ dense.T
+
+
+def ours(kind: str, weight: QuantWeight, asked: str | None) -> tuple[str, Peer]:
     choice = kernels.choose(weight.scheme, weight.shape, weight.device, asked)
     for name, refusal in choice.refusals.items():
         print(f"{name}: {refusal}")
     kernel = choice.kernel
     first = kernel.prepare(weight)
     copies = [first, *(kernel.prepare(weight) for _ in range(1, copies_beyond_cache(first.nbytes)))]
-    return f"{kernel.name} ({kernel.summary})", Peer(lambda x, w: kernel.apply(x, w, None), copies, first.nbytes)
+    print(f"{kind}: {weight.scheme}, by {kernel.name} ({kernel.summary})")
+    return kind, Peer(lambda x, w: kernel.apply(x, w, None), copies, first.nbytes, product_with(weight))
 
 
 def bf16(weight: QuantWeight) -> Peer:
     dense = dequantize(weight).to(torch.bfloat16)
-    return Peer(F.linear, [dense.clone() for _ in range(copies_beyond_cache(dense.nbytes))], dense.nbytes)
+    copies = [dense.clone() for _ in range(copies_beyond_cache(dense.nbytes))]
+    return Peer(F.linear, copies, dense.nbytes, product_with(weight))
 
 
 def int4pack(weight: QuantWeight) -> Peer:
@@ -102,7 +127,7 @@ def int4pack(weight: QuantWeight) -> Peer:
     nbytes = packed.nbytes + parameters.nbytes
     copies = [(packed.clone(), parameters.clone()) for _ in range(copies_beyond_cache(nbytes))]
     operator = torch.ops.aten._weight_int4pack_mm_for_cpu
-    return Peer(lambda x, w: operator(x, w[0], weight.scheme.group, w[1]), copies, nbytes)
+    return Peer(lambda x, w: operator(x, w[0], weight.scheme.group, w[1]), copies, nbytes, product_with(weight))
 
 
 def error(y: Tensor, expected: Tensor) -> float:
@@ -110,22 +135,21 @@ def error(y: Tensor, expected: Tensor) -> float:
 
 
 def run(
-    kind: str, shape: LinearShape, group: int, every_rows: list[int], asked: str | None
+    kinds: list[str], shape: LinearShape, group: int, every_rows: list[int], asked: str | None
 ) -> tuple[list[dict[str, Any]], bool]:
-    """The table of one kind and shape, printed and as data, and whether every path was right."""
-    weight = random_weight(kind, shape, group)
-    print(f"\n{kind}: {weight.scheme}, {shape}")
-    name, peer = ours(weight, asked)
-    peers = {BASELINE: bf16(weight), name: peer}
-    if weight.scheme.kind is WeightKind.INT4 and group in INT4PACK_GROUPS:
-        peers["torch int4pack"] = int4pack(weight)
-    read, dense = reader(READ_BYTES), dequantize(weight).double()
+    """The table of one shape, printed and as data, and whether every path was right."""
+    print(f"\n{shape}")
+    weights = {kind: random_weight(kind, shape, group) for kind in kinds}
+    peers = {BASELINE: bf16(next(iter(weights.values())))}
+    peers |= dict(ours(kind, weight, asked) for kind, weight in weights.items())
+    if "awq" in weights and group in INT4PACK_GROUPS:
+        peers["torch int4pack"] = int4pack(weights["awq"])
+    read = reader(READ_BYTES)
     table, right = [], True
-    print(f"{'rows':>5} {'path':28} {'ms':>8} {'spread':>7} {'x bf16':>7} {'of bound':>9}")
+    print(f"{'rows':>5} {'path':28} {'ms':>8} {'spread':>7} {'x bf16':>7} {'x ' + COMPARED:>7} {'of bound':>9}")
     for rows in every_rows:
         x = torch.randn(rows, shape.in_features).to(torch.bfloat16)
-        expected = x.double() @ dense.T
-        errors = {name: error(peer.multiply(x, peer.copies[0]), expected) for name, peer in peers.items()}
+        errors = {name: error(peer.multiply(x, peer.copies[0]), peer.expected(x)) for name, peer in peers.items()}
         correct = {name: peer for name, peer in peers.items() if errors[name] < TOLERANCE}
         for name in peers.keys() - correct.keys():
             print(f"{rows:5} {name:28} WRONG: relative error {errors[name]:.1e}")
@@ -137,26 +161,28 @@ def run(
         print(f"{'':5} {'(reading memory)':28} {rate / 1e9:8.1f} GB/s")
         for name, peer in correct.items():
             timing = timings[name]
-            of_bound, speedup = peer.nbytes / rate / timing.seconds, math.nan
-            if BASELINE in timings:
-                speedup = timings[BASELINE].seconds / timing.seconds
+            of_bound = peer.nbytes / rate / timing.seconds
+            speedup, beside = (
+                timings[other].seconds / timing.seconds if other in timings else math.nan
+                for other in (BASELINE, COMPARED)
+            )
             busy = any(timings[other].disturbed for other in {name, BASELINE, "read"} & timings.keys())
             row = {
                 "shape": [shape.out_features, shape.in_features],
-                "kind": kind,
-                "group": weight.scheme.group,
+                "group": weights[name].scheme.group if name in weights else group,
                 "rows": rows,
                 "path": name,
                 "milliseconds": timing.seconds * 1e3,
                 "spread": timing.spread,
                 "times_bf16": speedup,
+                f"times_{COMPARED}": beside if math.isfinite(beside) else None,
                 "of_bound": of_bound,
                 "error": errors[name],
                 "disturbed": busy,
             }
             print(
-                f"{rows:5} {name:28} {timing.seconds * 1e3:8.3f} {timing.spread:7.0%} {speedup:7.2f} {of_bound:9.0%}"
-                + (" the machine was busy" if busy else "")
+                f"{rows:5} {name:28} {timing.seconds * 1e3:8.3f} {timing.spread:7.0%} {speedup:7.2f} {beside:7.2f} "
+                f"{of_bound:9.0%}" + (" the machine was busy" if busy else "")
             )
             table.append(row)
     return table, right
@@ -166,14 +192,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Times quantized linear layers against bfloat16.")
     parser.add_argument("--kernel", choices=list(kernels.KERNELS), help="default: the one that would be chosen")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 256], metavar="M")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["int4"])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--group", type=int, default=128, help="of integers; torch's operator knows 32 to 256")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    asked = [(kind, shape) for kind in options.kinds for shape in SHAPES]
-    results = [run(*each, options.group, options.rows, options.kernel) for each in asked]
+    results = [run(options.kinds, shape, options.group, options.rows, options.kernel) for shape in SHAPES]
     print()
     print_json("linear", table=[row for table, _ in results for row in table])
     return 0 if all(right for _, right in results) else 1
