@@ -16,6 +16,9 @@ TIE = 0.5
 which the bundled model gives, are multiples of 1/8, and two ways to compute one differ by a few of those. A token that was
 picked without looking at the model is worse by 4 and more."""
 
+ROUNDED_TIE = 2.0
+"""The same for inputs of 8 bits and an output head of 8 bits, which move a logit by more than bfloat16 does."""
+
 
 def plain_model(path: Path, quantized: bool) -> Any:
     """Transformers' own model; of a quantized checkpoint with our linear layers, which the tests compare with their

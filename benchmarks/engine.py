@@ -3,8 +3,9 @@
     python -m benchmarks.engine [--models demo 1b 135m] [--rounds 3] [--peers NAME ...] [--python PACKAGE=PYTHON ...]
 
 Peers (``benchmarks.engine_peers``) take turns, each in a process of its own that is stopped while the others run: relinear with
-the AWQ checkpoint, as it is and with every layer by itself (--no-fuse --no-native), relinear with the bf16 one, Transformers
-with both, llama.cpp with its own 4-bit file, vLLM with both. A peer that is not installed is named with the line that installs
+the AWQ checkpoint, as it is, with every layer by itself (--no-fuse --no-native) and with inputs and head rounded to int8
+(--activation-quantization, --lm-head-quantization), relinear with the bf16 one, Transformers with both, llama.cpp with its own
+4-bit file, vLLM with both. A peer that is not installed is named with the line that installs
 it; ``--python vllm=.../bin/python`` names the Python of an environment that has it.
 
 Measured are a prompt of 512 tokens until its first new token; decoding after a prompt of 128, by 1, 2, 4 and 8 sequences; 8
@@ -37,7 +38,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks import random_llama
-from benchmarks.answers import TIE, largest_gap, plain_model
+from benchmarks.answers import ROUNDED_TIE, TIE, largest_gap, plain_model
 from benchmarks.engine_peers import PEERS
 from benchmarks.serve_models import random_prompts
 from benchmarks.timing import measure, print_json, reader
@@ -208,11 +209,11 @@ def run(model: str, peers: Sequence[str], pythons: dict[str, str], rounds: int, 
             print(f"{model}: round {number + 1} of {rounds} is done", file=sys.stderr)
     bandwidth, multiply = (statistics.median(column) for column in zip(*rates, strict=True))
     found = {name: gap for kind in ("awq", "bf16") for name, gap in gaps(kind, paths[kind], answers).items()}
-    wrong = {name: gap for name, gap in found.items() if not gap <= TIE}
+    wrong = {name: gap for name, gap in found.items() if not gap <= (ROUNDED_TIE if PEERS[name].rounds else TIE)}
     for name, gap in wrong.items():
         print(f"{model}: {name} is WRONG: answers are off by {gap:.2f} nats")
     linear = linear_weights(paths["bf16"])
-    nbytes = {name: step_bytes(workers, PEERS[name].checkpoint, linear) for name in peers}
+    nbytes = {name: step_bytes(workers, name, linear) for name in workers}
     rows = {
         name: {
             "rates": {metric: statistics.median(sample[metric] for sample in samples[name]) for metric in METRICS},
@@ -236,9 +237,10 @@ def linear_weights(bf16: Path) -> int:
     return stored // torch.bfloat16.itemsize
 
 
-def step_bytes(workers: dict[str, Worker], checkpoint: str, linear: int) -> int:
-    """Bytes of weights that one decoding step reads: as a peer with the same checkpoint tells, or all in bf16."""
-    told = (worker.loaded["step_bytes"] for name, worker in workers.items() if PEERS[name].checkpoint == checkpoint)
+def step_bytes(workers: dict[str, Worker], peer: str, linear: int) -> int:
+    """Bytes of weights that one decoding step reads: as the peer tells, or one with the same checkpoint, or all in bf16."""
+    alike = [peer, *(name for name in workers if PEERS[name].checkpoint == PEERS[peer].checkpoint)]
+    told = (workers[name].loaded["step_bytes"] for name in alike)
     return next((nbytes for nbytes in told if nbytes), linear * torch.bfloat16.itemsize)
 
 

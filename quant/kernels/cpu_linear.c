@@ -271,6 +271,6 @@ int dequantize(int path, int threads, const Job *given) {
     job.groups = divide_up(job.inputs, job.group);
     int64_t tiles = job.outputs / TILE;
 #pragma omp parallel for num_threads(threads)
-    for (int64_t i = 0; i < tiles * job.groups; i++) paths[path].dequantize(&job, i % tiles, i / tiles);
+    for (int64_t i = 0; i < tiles * job.groups; i++) paths[path].dequantize(&job, i / job.groups, i % job.groups);
     return 0;
 }
