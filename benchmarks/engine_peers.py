@@ -46,15 +46,19 @@ def relinear(path: str, **options: Any) -> tuple[Generate, int]:
 
     sizes = {"max_model_len": LONGEST, "max_total_tokens": SEQUENCES * LONGEST, "max_num_seqs": SEQUENCES}
     llm = LLM(path, skip_tokenizer_init=True, startup_check=False, enable_prefix_caching=False, **sizes, **options)
-    plan = llm.engine.loaded.plan
-    dense = plan.dtype.itemsize
-    nbytes = sum(m.nbytes or m.shape.in_features * m.shape.out_features * dense for m in plan.modules.values())
 
     def generate(prompts: list[list[int]], new: int) -> list[list[int]]:
         outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=new, ignore_eos=True))
         return [list(output.outputs[0].token_ids) for output in outputs]
 
-    return generate, nbytes
+    return generate, step_bytes(llm)
+
+
+def step_bytes(llm: Any) -> int:
+    """Bytes of weights that a decoding step of relinear reads."""
+    plan = llm.engine.loaded.plan
+    dense = plan.dtype.itemsize
+    return sum(m.nbytes or m.shape.in_features * m.shape.out_features * dense for m in plan.modules.values())
 
 
 def transformers(path: str) -> tuple[Generate, None]:

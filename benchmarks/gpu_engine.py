@@ -33,11 +33,11 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from benchmarks import random_llama
-from benchmarks.engine import step_bytes
+from benchmarks.engine_peers import step_bytes
 from benchmarks.gpu_linear import guarded
 from benchmarks.gpu_timing import copy_rate
 from benchmarks.timing import print_json
-from runtime import LLM, SamplingParams, engine
+from runtime import LLM, SamplingParams, assembly
 from runtime.graphs import choose_capture
 
 BATCHES = (1, 8, 32)
@@ -59,11 +59,11 @@ def graphs_line(llm: LLM) -> str:
 
 def uncaptured(model: str, **options: Any) -> list[list[int]]:
     """The steps that graphs would run, launched one by one."""
-    engine.choose_capture = lambda *_: lambda step: step  # type: ignore[attr-defined]
+    assembly.choose_capture = lambda *_: lambda step: step  # type: ignore[attr-defined]
     try:
         return answers(model, **options)
     finally:
-        engine.choose_capture = choose_capture  # type: ignore[attr-defined]
+        assembly.choose_capture = choose_capture  # type: ignore[attr-defined]
 
 
 def check(model: str, dtype: str) -> dict[str, Any]:
