@@ -179,7 +179,9 @@ def _require_fixed(operator: OpOverload, arguments: Sequence[Any]) -> None:
         isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in arguments[1]
     ):
         return
-    tells = any("Tensor" not in str(returned.type) for returned in operator._schema.returns)
+    # What is given no tensor, as when types are promoted, knows no numbers.
+    asked = any(isinstance(leaf, Tensor) for leaf in tree_leaves(arguments))
+    tells = asked and any("Tensor" not in str(returned.type) for returned in operator._schema.returns)
     if tells or operator in READ_BY_HOST or not DATA_DEPENDENT.isdisjoint(operator.tags):
         raise CannotReplay(f"{operator} tells Python what a tensor holds")
     if torch.Tag.inplace_view in operator.tags and operator is not aten.detach_.default:

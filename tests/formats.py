@@ -144,7 +144,7 @@ CUDA = "Triton, reference"
 def cpu_kernels(folder: Path) -> str:
     """What multiplies the layers of a checkpoint on a CPU, where C can be compiled."""
     kernel, device = cpu.CpuKernel(), torch.device("cpu")
-    fine = (None, cpu.library())
+    fine = (None, cpu.SOURCE.refusal)
     layers = make_plan(Checkpoint.open(folder), device="cpu").quantized
     taken = [layer.scheme is not None and kernel.refuses(layer.scheme, layer.shape, device) in fine for layer in layers]
     return "C kernel, reference" if all(taken) else "some layers C kernel, reference" if any(taken) else "reference"

@@ -7,14 +7,15 @@ rate that is there, or less where the processor has no instructions for bfloat16
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quant.kernels import native
+from quant.kernels.native import Source
+
+SOURCE = Source(Path(__file__).with_name("cpu_dense.c"), "cpu_dense_rows.h")
 
 MOST_ROWS = 16
 """Measured at 8192 x 2048 and 4096 x 576 with AVX512-BF16."""
@@ -33,22 +34,9 @@ class _Job(ctypes.Structure):
     ]
 
 
-@cache
-def library() -> ctypes.CDLL | str:
-    """The compiled kernels, or why there are none."""
-    here = Path(__file__).parent
-    return native.build(here / "cpu_dense.c", here / "cpu_dense_rows.h")
-
-
-@cache
-def _detected() -> int:
-    found = library()
-    return -1 if isinstance(found, str) else found.detect()
-
-
 def takes(weight: Tensor) -> bool:
     """Whether :func:`linear` has anything to offer for this weight."""
-    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _detected() >= 0
+    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and SOURCE.refusal is None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, path: int | None = None) -> Tensor:
@@ -64,8 +52,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, path: int | None = No
     address = None if bias is None else bias.data_ptr()
     job = _Job(x.data_ptr(), weight.data_ptr(), address, y.data_ptr(), rows, outputs, inputs)
     threads = min(torch.get_num_threads(), 1 + inputs * outputs // THREAD_WEIGHTS)
-    found = library()
-    assert not isinstance(found, str), found
-    if found.dense(_detected() if path is None else path, threads, ctypes.byref(job)):
+    if SOURCE.library.dense(SOURCE.widest if path is None else path, threads, ctypes.byref(job)):
         raise MemoryError(f"no memory to multiply {list(x.shape)} by {list(weight.shape)}")
     return y

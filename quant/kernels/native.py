@@ -21,6 +21,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from contextvars import ContextVar
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,33 @@ class Library(ctypes.CDLL):
 
 class CannotBuild(Exception):
     """Why there is no library, in a sentence for the user, with the remedy."""
+
+
+class Source:
+    """A C source, and headers beside it: built when something of it is first asked for."""
+
+    def __init__(self, path: Path, *headers: str) -> None:
+        self.path, self.headers = path, headers
+
+    @cached_property
+    def _built(self) -> ctypes.CDLL | str:
+        return build(self.path, *(self.path.with_name(header) for header in self.headers))
+
+    @property
+    def refusal(self) -> str | None:
+        """Why there is no :attr:`library`, in a sentence for the user."""
+        return self._built if isinstance(self._built, str) else None
+
+    @property
+    def library(self) -> ctypes.CDLL:
+        assert not isinstance(self._built, str), self._built
+        return self._built
+
+    @cached_property
+    def widest(self) -> int:
+        """The last of the instruction sets of ``native.h`` that this machine has, as ``detect`` counts them."""
+        found: int = self.library.detect()
+        return found
 
 
 def build(source: Path, *headers: Path) -> ctypes.CDLL | str:

@@ -40,7 +40,7 @@ def kernels_of(device: torch.device) -> Kernels | None:
     if device.type == "cpu":
         from runtime.operators import cpu
 
-        return None if isinstance(cpu.library(), str) else cpu
+        return cpu if cpu.SOURCE.refusal is None else None
     return None
 
 

@@ -4,14 +4,15 @@ and float32."""
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from quant.kernels import native
+from quant.kernels.native import Source
 from runtime.operators.recognize import Norm
+
+SOURCE = Source(Path(__file__).with_name("cpu.c"), "cpu_rows.h")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """In the order of ``native.h``."""
@@ -51,17 +52,9 @@ class _Rotary(ctypes.Structure):
     ]
 
 
-@cache
-def library() -> ctypes.CDLL | str:
-    """The compiled kernels, or why there are none."""
-    here = Path(__file__).parent
-    return native.build(here / "cpu.c", here / "cpu_rows.h")
-
-
-@cache
 def widest() -> int:
     """Index of the last of :data:`PATHS` that this machine has."""
-    return min(_library().detect(), len(PATHS) - 1)
+    return min(SOURCE.widest, len(PATHS) - 1)
 
 
 def rms_norm(x: Tensor, weight: Tensor, norm: Norm, path: int | None = None) -> Tensor:
@@ -75,7 +68,7 @@ def rms_norm(x: Tensor, weight: Tensor, norm: Norm, path: int | None = None) -> 
         form=FORMS.index(norm.form), rows=outer * inner, size=size, inner=inner, outer_stride=rows.stride(0),
         inner_stride=rows.stride(1), eps=norm.eps,
     )  # fmt: skip
-    _library().rms_norm(widest() if path is None else path, torch.get_num_threads(), ctypes.byref(job))
+    SOURCE.library.rms_norm(widest() if path is None else path, torch.get_num_threads(), ctypes.byref(job))
     return y
 
 
@@ -88,7 +81,7 @@ def gated(gate: Tensor, up: Tensor, activation: str, path: int | None = None) ->
         activation=ACTIVATIONS.index(activation), rows=gates.shape[0], size=gates.shape[1],
         gate_stride=gates.stride(0), up_stride=ups.stride(0),
     )  # fmt: skip
-    _library().gated(widest() if path is None else path, torch.get_num_threads(), ctypes.byref(job))
+    SOURCE.library.gated(widest() if path is None else path, torch.get_num_threads(), ctypes.byref(job))
     return y
 
 
@@ -102,12 +95,5 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, path: int | None = No
         cos=cos.data_ptr(), sin=sin.data_ptr(), type=DTYPES.index(q.dtype), tokens=tokens, half=size // 2,
         cos_stride=cos.stride(1), sin_stride=sin.stride(1),
     )  # fmt: skip
-    _library().rotate(widest() if path is None else path, torch.get_num_threads(), ctypes.byref(job))
+    SOURCE.library.rotate(widest() if path is None else path, torch.get_num_threads(), ctypes.byref(job))
     return q_out.transpose(1, 2), k_out.transpose(1, 2)
-
-
-@cache
-def _library() -> ctypes.CDLL:
-    found = library()
-    assert not isinstance(found, str), found
-    return found

@@ -75,14 +75,14 @@ MUTANTS = (
     ),
     Mutant(
         "zero of the C kernel off by one",
-        "quant/kernels/cpu.py",
+        "quant/kernels/cpu_layout.py",
         "centre = 2 ** (bits - 1) - 2 ** (kind.bits - 1)",
         "centre = 2 ** (bits - 1) - 2 ** (kind.bits - 1) - 1",
         ("tests/quant/test_kernels.py::test_every_kernel_multiplies", FIDELITY),
     ),
     Mutant(
         "neighbour's scale in the C kernel",
-        "quant/kernels/cpu.py",
+        "quant/kernels/cpu_layout.py",
         '"scale": tiled(weight.scale.view(-1, groups))',
         '"scale": tiled(weight.scale.view(-1, groups).roll(1, 0))',
         ("tests/quant/test_kernels.py::test_every_kernel_multiplies", FIDELITY),

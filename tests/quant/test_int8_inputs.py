@@ -11,7 +11,8 @@ from torch import Tensor
 
 from quant.activation import quantize_dequantize
 from quant.base import Activation, LinearShape, QuantWeight, Scheme, WeightKind
-from quant.kernels.cpu import LARGEST_GROUP, VNNI, CpuKernel, CpuWeight
+from quant.kernels.cpu import VNNI, CpuKernel
+from quant.kernels.cpu_layout import LARGEST_GROUP, CpuWeight
 from quant.reference import dequantize
 from tests.quant.test_kernels import CASES, CPU, TOLERANCE, Case, error, inputs
 

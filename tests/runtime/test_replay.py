@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from quant.base import Activation, WeightKind
 from quant.kernels import cpu
+from quant.kernels.cpu import PATHS, CpuKernel
 from runtime import LLM, SamplingParams, assembly, replay
 from runtime.graphs import Logits, Step
 from runtime.replay import CannotReplay, Recording, StepRecorder
 from tests.awq_writer import write_awq
 from tests.families import FAMILIES
+from tests.formats import CHECKPOINTS
 from tests.moe_writer import moe_model, write_moe
+from tests.quant.test_kernels import Case
 from tests.tiny_models import VOCABULARY, tiny_model
 
 PROMPTS = [
@@ -47,7 +52,7 @@ class Checking(StepRecorder):
         return run
 
 
-def load(folder: Path, **options: Any) -> LLM:
+def load(folder: str | Path, **options: Any) -> LLM:
     return LLM(str(folder), skip_tokenizer_init=True, block_size=4, max_total_tokens=512, **options)
 
 
@@ -77,6 +82,29 @@ def test_a_replay_gives_the_same_bits(kind: str, dtype: str, tmp_path: Path, mon
     assert tokens_of(load(tmp_path, dtype=dtype)) == wanted
     assert checking.replays.keys() == {1, 2, 3, 4, 5}
     assert sum(checking.replays.values()) >= 20
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("demo", {"activation_quantization": "int8"}),  # a step for each group
+        ("demo", {"activation_quantization": "int8", "dtype": "float16"}),
+        (CHECKPOINTS / "llmcompressor--w8a8-int8", {}),  # one for each token
+        (CHECKPOINTS / "compressed-tensors--nvfp4a16", {}),  # one more scale for the whole weight
+        (CHECKPOINTS / "bitsandbytes--int8", {}),  # inputs rounded in torch
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_a_replay_of_quantized_layers(
+    model: str | Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, most = [prompt[:7] for prompt in PROMPTS[:3]], GREEDY[:3]
+    wanted = load(model, disable_cuda_graph=True, **options).generate(prompts, most)
+    checking = Checking()
+    monkeypatch.setattr(assembly, "choose_capture", lambda *_: checking)
+    found = load(model, **options).generate(prompts, most)
+    assert [each.outputs[0].token_ids for each in found] == [each.outputs[0].token_ids for each in wanted]
+    assert checking.replays.keys() == {1, 2, 3}
 
 
 def test_a_job_that_changes_for_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,6 +141,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "constants": lambda x: x * torch.tensor([1.0, 2, 3, 4, 5, 6]) + torch.arange(6) + torch.zeros(6).add_(x[0]),
     "several results": lambda x: sum((*x.topk(3), *x.max(-1, keepdim=True), *x.split(3, -1)[1:]), torch.zeros(1)),
     "other types": lambda x: (x.double().to(torch.bfloat16) @ x.bfloat16().t()).float(),
+    "a promoted type": lambda x: x.bfloat16().to(torch.promote_types(torch.bfloat16, torch.float32)) + 1,
     "indices": lambda x: x[torch.tensor([2, 0])][:, x.argsort(-1)[0]],
     "layers": lambda x: nn.functional.layer_norm(nn.functional.softmax(x, -1), (6,)),
     "masks": lambda x: x.masked_fill(x > 0, 7).where(x > -1, 3),
@@ -154,6 +183,35 @@ def test_functions_that_are_not_the_same_each_time(name: str) -> None:
     function, x = CHANGING[name], inputs()
     with pytest.raises(CannotReplay, match=r"writes to|tells Python|changes the shape"):
         Recording().of(lambda: function(x))
+
+
+WEIGHTS = {
+    "int8 inputs per token": (Case(48, 256, (1, 64), zero_point=True), Activation(WeightKind.INT8)),
+    "int8 inputs per group": (Case(48, 256, (1, 64)), Activation(WeightKind.INT8, group=128)),
+    "int8 inputs, static": (Case(48, 256, (1, 256), "int8"), Activation(WeightKind.INT8, static=True)),
+    "fp8 inputs": (Case(48, 256, (48, 256), "fp8", scale=torch.float32), Activation(WeightKind.FP8)),
+    "table": (Case(48, 256, (1, 64), "nf4", scale=torch.float32), None),
+}
+
+
+@pytest.mark.parametrize("widest", [PATHS[1], PATHS[-1]])
+@pytest.mark.parametrize("name", WEIGHTS)
+@torch.inference_mode()
+def test_quantized_weights_that_were_never_multiplied_before(name: str, widest: str) -> None:
+    case, how = WEIGHTS[name]
+    weight = case.weight()
+    scale = torch.tensor([0.03]) if how is not None and how.static else None
+    weight = dataclasses.replace(weight, scheme=dataclasses.replace(weight.scheme, activation=how), input_scale=scale)
+    kernel = CpuKernel(widest)
+    if (refusal := kernel.refuses(weight.scheme, weight.shape, torch.device("cpu"))) is not None:
+        pytest.skip(refusal)
+    prepared, x, recording = kernel.prepare(weight), torch.randn(4, 256).bfloat16(), Recording()
+    result = recording.of(lambda: kernel.apply(x, prepared, None))  # type: ignore[arg-type, return-value]
+    for _ in range(2):
+        x.copy_(torch.randn(4, 256))
+        recording.spoil()
+        recording.replay()
+        assert torch.equal(result, kernel.apply(x, prepared, None))
 
 
 @torch.inference_mode()
