@@ -19,12 +19,13 @@ from runtime.config import EngineConfig
 from runtime.defaults import context_length, end_tokens, length_factors, load_tokenizer, sampling_defaults
 from runtime.errors import LoadError
 from runtime.fusion import plan_siblings
-from runtime.graphs import batch_sizes, capture_decodes, choose_capture, reserved_bytes
+from runtime.graphs import batch_sizes, capture_decodes, choose_capture, recorded_bytes, reserved_bytes
 from runtime.kv_storage import Storage, plan_storage
 from runtime.loader import LoadedModel, load
 from runtime.memory import CacheSize, size_cache
 from runtime.native import settle
 from runtime.plan import ABSORBED, LoadPlan, make_plan
+from runtime.replay import StepRecorder
 from runtime.report import engine_report
 from runtime.runner import Runner
 from runtime.scheduler import Scheduler
@@ -82,6 +83,8 @@ def assemble(config: EngineConfig) -> Parts:
     size = size_cache(
         config, token_bytes, context, plan.device, state_bytes, graph_bytes, layout.reaches, longest_chunk
     )
+    if isinstance(capture, StepRecorder):
+        capture.most_bytes = recorded_bytes(size.spare)
     # One block more is nobody's: rows of a graph that stand for no sequence write there.
     blocks = size.blocks + captures
     cache = KVCache(specs, blocks, size.block_size, storage.dtype, plan.device, storage.static, layout)

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from attention.base import AttentionBackend, AttentionBatch
 from runtime.config import EngineConfig
-from runtime.replay import CannotReplay, StepRecorder
+from runtime.memory import format_bytes
+from runtime.replay import MOST_BYTES, CannotReplay, StepRecorder
 from runtime.scheduler import Plan
 
 if TYPE_CHECKING:
@@ -133,6 +134,11 @@ def reserved_bytes(sizes: Sequence[int], vocabulary: int) -> int:
     return RESERVED + len(sizes) * RESERVED_PER_GRAPH + max(sizes) * vocabulary * RESERVED_PER_LOGIT
 
 
+def recorded_bytes(spare: int) -> int:
+    """What steps that are recorded on a CPU may keep of the memory that the KV cache leaves; prompts need some, too."""
+    return min(MOST_BYTES, spare // 2)
+
+
 def capture_decodes(runner: Runner, capture: Capture | str, most: int, longest: int) -> str:
     """Let ``runner`` decode up to ``most`` sequences of ``longest`` tokens by graphs, if that is possible. What came of it,
     for the report."""
@@ -155,7 +161,8 @@ def capture_decodes(runner: Runner, capture: Capture | str, most: int, longest: 
     seconds = time.perf_counter() - started
     if recorder:
         return (
-            f"decoding steps of up to {sizes[-1]} sequences, recorded when the first of a size comes and replayed then"
+            f"decoding steps of up to {sizes[-1]} sequences, recorded when the first of a size comes and replayed then, "
+            f"in at most {format_bytes(recorder.most_bytes)}"
         )
     return f"decoding steps of {', '.join(map(str, sizes))} sequences, captured in {seconds:.1f} s"
 

@@ -25,7 +25,8 @@ UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "g
 @dataclass(frozen=True)
 class CacheSize:
     """The KV cache in blocks, and the longest sequence that is served; ``sequences`` such sequences fit at once. A sequence
-    has a block for each of ``groups`` groups of layers, as long as they all see its tokens: ``tokens`` fit at least."""
+    has a block for each of ``groups`` groups of layers, as long as they all see its tokens: ``tokens`` fit at least. ``spare``
+    bytes of the device were available besides."""
 
     blocks: int
     block_size: int
@@ -33,6 +34,7 @@ class CacheSize:
     nbytes: int
     sequences: float
     groups: int = 1
+    spare: int = 0
 
     @property
     def tokens(self) -> int:
@@ -99,7 +101,8 @@ def size_cache(
             f"cache, but it has {blocks // len(reaches) * config.block_size} tokens ({format_bytes(nbytes)}). Lower "
             f"max_model_len to {capacity} or enlarge the cache."
         )
-    return CacheSize(blocks, config.block_size, capacity, nbytes, blocks / most(capacity), len(reaches))
+    sequences = blocks / most(capacity)
+    return CacheSize(blocks, config.block_size, capacity, nbytes, sequences, len(reaches), available - nbytes)
 
 
 def available_bytes(device: torch.device) -> int:

@@ -29,12 +29,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from quant.kernels import native
+from runtime.memory import format_bytes
 
 if TYPE_CHECKING:
     from runtime.graphs import Logits, Step
 
 MOST_BYTES = 256 << 20
-"""Of intermediate tensors that all recorded steps may keep."""
+"""Of intermediate tensors that all recorded steps may keep, where there is as much."""
 
 aten = torch.ops.aten
 ALLOCATIONS = {
@@ -52,9 +53,10 @@ class CannotReplay(Exception):
 
 class StepRecorder:
     """Makes of a step one that records itself the first time it runs, or, if that is not possible, runs as it is. The first
-    step of all fails then instead, so that whoever asked for replays knows."""
+    step of all fails then instead, so that whoever asked for replays knows. What they all keep takes ``most_bytes`` at most."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_bytes: int = MOST_BYTES) -> None:
+        self.most_bytes = most_bytes
         self.nbytes = 0
         self._works = False
 
@@ -76,9 +78,7 @@ class StepRecorder:
         return run
 
     def _recorded(self, step: Step) -> Step:
-        if self.nbytes > MOST_BYTES:
-            raise CannotReplay("recorded steps take all the memory that they may")
-        recording = Recording()
+        recording = Recording(self.most_bytes - self.nbytes)
         result = recording.of(step)
         wanted = [tensor.clone() for tensor in result]
         recording.spoil()
@@ -96,10 +96,12 @@ class StepRecorder:
 
 
 class Recording(TorchDispatchMode):
-    """The calls of a function, in order, and the tensors that they made."""
+    """The calls of a function, in order, and the tensors that they made: no more than ``most_bytes`` of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_bytes: int = MOST_BYTES) -> None:
         super().__init__()
+        self.most_bytes = most_bytes
+        self.nbytes = 0
         self.calls: list[Callable[[], Any]] = []
         self.made: dict[int, Tensor] = {}  # one of each storage
         self._kept: list[Any] = []
@@ -112,10 +114,6 @@ class Recording(TorchDispatchMode):
                 return step()
         finally:
             native.watcher.reset(token)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.untyped_storage().nbytes() for tensor in self.made.values())
 
     def replay(self) -> None:
         """The same calls, on what the tensors of others hold now."""
@@ -156,13 +154,24 @@ class Recording(TorchDispatchMode):
         if operator is aten.detach_.default or (not schema.is_mutable and not new):
             return result
         self._kept.append(result)  # the memory of views is that of others
-        self.made |= {_storage(tensor): tensor for tensor in new}
+        for tensor in new:
+            self._keep(tensor)
         if schema.is_mutable:
             self._require_own(operator, arguments, keywords)
             self.calls.append(partial(operator, *arguments, **keywords))
         elif operator not in ALLOCATIONS:
             self.calls.append(_again(operator, arguments, keywords, tensors))
         return result
+
+    def _keep(self, tensor: Tensor) -> None:
+        if _storage(tensor) in self.made:
+            return
+        self.made[_storage(tensor)] = tensor
+        self.nbytes += tensor.untyped_storage().nbytes()
+        if self.nbytes > self.most_bytes:
+            raise CannotReplay(
+                f"what has to stay takes more memory than the {format_bytes(self.most_bytes)} left for it"
+            )
 
     def _require_own(self, operator: OpOverload, arguments: Sequence[Any], keywords: dict[str, Any]) -> None:
         for place, argument in enumerate(operator._schema.arguments):

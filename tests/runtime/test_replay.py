@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from quant.base import Activation, WeightKind
 from quant.kernels import cpu
 from quant.kernels.cpu import PATHS, CpuKernel
-from runtime import LLM, SamplingParams, assembly, replay
+from runtime import LLM, SamplingParams, assembly, memory
 from runtime.graphs import Logits, Step
 from runtime.replay import CannotReplay, Recording, StepRecorder
 from tests.awq_writer import write_awq
@@ -238,18 +238,39 @@ def test_only_the_first_step_has_to_work() -> None:
 
 
 @torch.inference_mode()
-def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, record, runs = inputs(), StepRecorder(), []
+def test_memory_is_bounded() -> None:
+    x, runs = inputs(), []
 
     def step() -> Logits:
         runs.append(1)
         return Logits.of(x + 1)
 
-    monkeypatch.setattr(replay, "MOST_BYTES", 100)
+    alone = Recording()
+    alone.of(step)
+    assert alone.nbytes == sum(tensor.untyped_storage().nbytes() for tensor in alone.made.values()) >= 96
+    with pytest.raises(CannotReplay, match=f"takes more memory than the {alone.nbytes - 1} B left for it"):
+        StepRecorder(alone.nbytes - 1)(step)()
+    record = StepRecorder(2 * alone.nbytes - 1)
     first, second = record(step), record(step)
+    runs.clear()
     for _ in range(3):
         first()
-    assert (len(runs), record.nbytes >= 96) == (1, True)
+    assert (len(runs), record.nbytes) == (1, alone.nbytes)
     for _ in range(3):
         second()
-    assert len(runs) == 4, "it runs as it is"
+    assert len(runs) == 5, "it runs as it is, after it was tried once"
+    assert record.nbytes == alone.nbytes
+
+
+def test_recorded_steps_take_half_of_what_the_cache_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    def line(available: int) -> str:
+        monkeypatch.setattr(memory, "available_bytes", lambda device: available)
+        report = load("demo", dtype="float32").report
+        return next(line for line in report.splitlines() if line.startswith("graphs"))
+
+    cache = load("demo", dtype="float32").engine.size.nbytes
+    assert line(cache + (2 << 30)).endswith("replayed then, in at most 256.0 MiB")
+    assert line(cache + (64 << 20)).endswith("replayed then, in at most 32.0 MiB")
+    assert line(cache + 2000).endswith(
+        "none, in a decoding step what has to stay takes more memory than the 1000 B left for it"
+    )
