@@ -82,7 +82,8 @@ int dense(int path, int threads, const Job *given) {
     job.packed = aligned_alloc(64, divide_up(max(1, job.rows * job.row_bytes), 64) * 64);
     if (!job.packed) return 1;
     for (int64_t row = 0; row < job.rows; row++) paths[path].pack(&job, row);
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    // As in cpu_linear.c: who reads on where it stopped is a fifth faster.
+#pragma omp parallel for num_threads(threads) schedule(guided)
     for (int64_t first = 0; first < job.outputs; first += CHUNK)
         paths[path].run(&job, first, min(first + CHUNK, job.outputs));
     free(job.packed);

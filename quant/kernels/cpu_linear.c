@@ -229,6 +229,17 @@ static const struct {
 #endif
 };
 
+// x as the path wants it, by all threads that are here.
+static void arrange(const Job *job, int path) {
+    const int64_t blocks = divide_up(job->rows, paths[path].block);
+    if (paths[path].quantize) {
+#pragma omp for
+        for (int64_t row = 0; row < job->rows; row++) paths[path].quantize(job, row);
+    }
+#pragma omp for
+    for (int64_t i = 0; i < blocks * job->groups; i++) paths[path].pack(job, i / job->groups, i % job->groups);
+}
+
 // Returns 0, or 1 if there is no memory for x.
 int linear(int path, int threads, const Job *given) {
     Job job = *given;
@@ -244,12 +255,14 @@ int linear(int path, int threads, const Job *given) {
     for (int i = 0; i < 32; i++) job.pairs[i] = to_bf16(job.table[i % 16]);
     // As many rows at a time as stay in a cache while they meet tile after tile.
     int64_t pass = min(PASS, divide_up(PASS_BYTES, row_bytes * TILE) * TILE), passes = divide_up(job.rows, pass);
-    int64_t tiles = divide_up(job.outputs, TILE), blocks = divide_up(job.rows, paths[path].block);
-#pragma omp parallel for num_threads(threads) if (job.rows > ROWS)
-    for (int64_t row = 0; row < (paths[path].quantize ? job.rows : 0); row++) paths[path].quantize(&job, row);
-#pragma omp parallel for num_threads(threads) if (job.rows > ROWS)
-    for (int64_t i = 0; i < blocks * job.groups; i++) paths[path].pack(&job, i / job.groups, i % job.groups);
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    int64_t tiles = divide_up(job.outputs, TILE);
+    if (job.rows > ROWS) {
+#pragma omp parallel num_threads(threads)
+        arrange(&job, path);
+    } else
+        arrange(&job, path);  // takes less than to wake others, and even than to open a region of one
+    // Tile after tile as far as possible: reading on where one stopped is a tenth to a half faster, with one row.
+#pragma omp parallel for num_threads(threads) schedule(guided)
     for (int64_t i = 0; i < passes * tiles; i++)
         paths[path].run(&job, i % tiles, i / tiles * pass, min(job.rows, (i / tiles + 1) * pass));
     free(job.packed);

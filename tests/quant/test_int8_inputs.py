@@ -13,6 +13,7 @@ from quant.activation import quantize_dequantize
 from quant.base import Activation, LinearShape, QuantWeight, Scheme, WeightKind
 from quant.kernels.cpu import VNNI, CpuKernel
 from quant.kernels.cpu_layout import LARGEST_GROUP, CpuWeight
+from quant.kernels.reference import ReferenceKernel
 from quant.reference import dequantize
 from tests.quant.test_kernels import CASES, CPU, TOLERANCE, Case, error, inputs
 
@@ -102,6 +103,29 @@ def test_a_row_that_is_not_finite_is_not_made_finite(kernel: Watched, dtype: tor
             y = kernel.apply(x, prepared, None)
             assert torch.equal(y.isfinite().all(1), expected.isfinite().all(1)), (how, value)
             assert torch.equal(y[0], expected[0])
+
+
+@pytest.mark.parametrize(
+    ("case", "how"),
+    [
+        (Case(33, 100, (1, 64), zero_point=True), Activation(WeightKind.INT8, group=64)),  # one group of two
+        (Case(33, 100, (1, 20), "int3", act_order=True), PER_TOKEN),
+        (Case(33, 100, (1, 100), "int8"), PER_TOKEN),
+    ],
+    ids=str,
+)
+def test_numbers_that_are_not_finite_come_out_where_the_reference_has_them(
+    kernel: Watched, case: Case, how: Activation
+) -> None:
+    weight = with_inputs(case.weight(), how)
+    prepared, reference = kernel.prepare(weight), ReferenceKernel()
+    for dtype in TOLERANCE:
+        x = inputs(9, 100, dtype=dtype)
+        x[2, 99], x[4, 0], x[7, 50], x[8] = torch.nan, torch.inf, -torch.inf, torch.inf
+        y, expected = kernel.apply(x, prepared, None), reference.apply(x, weight, None)
+        assert kernel.used
+        assert torch.equal(y.isnan(), expected.isnan())
+        assert torch.equal(y.isfinite(), expected.isfinite())
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
