@@ -17,6 +17,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -34,7 +36,7 @@ POINTERS = {
 
 @dataclass(frozen=True)
 class Build:
-    """``loop`` counts the instructions of the longest loop; the others those of the whole kernel."""
+    """``loop`` counts the instructions of the loop that multiplies, or else the longest; others those of the whole kernel."""
 
     name: str
     registers: int
@@ -44,6 +46,9 @@ class Build:
     wgmma: int
     async_copies: int
     loop: int
+    overwritten: int
+    """Instructions that write to a register of a left operand while Hopper's tensor cores may still read it: neither the
+    compiler nor the assembler sees to that."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +72,15 @@ class Launch:
             signature[name] = _type_of(value)
             if isinstance(value, torch.Tensor) or (special and value % 16 == 0):
                 attributes[index,] = [["tt.divisibility", 16]]
-        source = ASTSource(self.kernel, signature, constants, attributes)
+        source_of = GluonASTSource if self.kernel.is_gluon() else ASTSource
+        source = source_of(self.kernel, signature, constants, attributes)
         built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=self.options)
         return _read(self.kernel.__name__, built)
 
 
 def _type_of(value: Any) -> str:
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{POINTERS[value.base.dtype][1:]}{value.block_shape},{value.layout!r}>"
     if isinstance(value, torch.Tensor):
         return POINTERS[value.dtype]
     return "fp32" if isinstance(value, float) else "i32"
@@ -102,22 +110,57 @@ def _read(name: str, built: Any) -> Build:
         mma=count("HMMA"),
         wgmma=count("HGMMA"),
         async_copies=count("LDGSTS"),
-        loop=max(_loops(code), default=0),
+        loop=len(max(_loops(code), key=_weight, default=[])),
+        overwritten=_overwritten(code),
     )
 
 
-def _loops(code: str) -> Iterator[int]:
-    """Lengths of the loops that contain no other: instructions between a label and the last branch back to it."""
+def _instructions(code: str) -> Iterator[str]:
+    return (line for line in code.splitlines() if re.match(r"\s+/\*[0-9a-f]+\*/", line))
+
+
+def _loops(code: str) -> Iterator[list[str]]:
+    """Instructions between a label and the last branch back to it."""
     labels: dict[str, int] = {}
-    place = 0
+    seen: list[str] = []
     for line in code.splitlines():
         if label := re.match(r"(\.L_\w+):", line):
-            labels[label[1]] = place
+            labels[label[1]] = len(seen)
         elif re.match(r"\s+/\*[0-9a-f]+\*/", line):
-            place += 1
+            seen.append(line)
             branch = re.search(r"BRA\S* .*`\((\.L_\w+)\)", line)
-            if branch and branch[1] in labels and place - labels[branch[1]] > 1:
-                yield place - labels[branch[1]]
+            if branch and branch[1] in labels and len(seen) - labels[branch[1]] > 1:
+                yield seen[labels[branch[1]] :]
+
+
+def _weight(loop: list[str]) -> tuple[int, int]:
+    """The shortest of those with the most products; of those without, the longest."""
+    products = sum("HMMA" in line or "HGMMA" in line for line in loop)
+    return products, -len(loop) if products else len(loop)
+
+
+def _overwritten(code: str) -> int:
+    """Of the whole code in its order, and of each loop twice in a row."""
+    runs = [list(_instructions(code)), *(2 * loop for loop in _loops(code))]
+    return sum(_overwritten_in(run) for run in runs)
+
+
+def _overwritten_in(instructions: Sequence[str]) -> int:
+    found, opened, committed = 0, set[int](), list[set[int]]()
+    for line in instructions:
+        text = re.sub(r"/\*.*?\*/", "", line)
+        if product := re.search(r"HGMMA\S+ R\d+, R(\d+), gdesc", text):
+            opened |= set(range(int(product[1]), int(product[1]) + 4))
+            if "gsb0" in text:
+                committed.append(opened)
+                opened = set()
+        elif waited := re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d+)", text):
+            committed = committed[len(committed) - min(len(committed), int(waited[1])) :]
+        elif written := re.match(r"\s*(?:@!?U?P\d+ )?\s*([A-Z]\S*) (?:P\d, )?R(\d+)[,.]", text):
+            width = 4 if "LDSM" in written[1] or ".128" in written[1] else 2 if re.search(r"64|WIDE", written[1]) else 1
+            target = set(range(int(written[2]), int(written[2]) + width))
+            found += bool(target & opened.union(*committed))
+    return found
 
 
 class Device(NamedTuple):
@@ -125,6 +168,10 @@ class Device(NamedTuple):
 
     processors: int
     capability: tuple[int, int]
+
+    @property
+    def early(self) -> bool:
+        return self.capability >= (9, 0)
 
 
 @contextmanager
@@ -137,7 +184,7 @@ def recorded(
 
     def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
         given = dict(zip(kernel.arg_names, arguments, strict=False)) | keywords
-        options = {name: given.pop(name) for name in ("num_warps", "num_stages") if name in given}
+        options = {name: given.pop(name) for name in ("num_warps", "num_stages", "launch_pdl") if name in given}
         launches.append(Launch(kernel, given, options))
 
     def device_of(index: int | None) -> Device:

@@ -1,9 +1,10 @@
 """Weights of up to 8 bits on a GPU, in Triton: integers in groups, FP8, and 4-bit floats and tables, times inputs of 16 bits.
 
-A few rows are multiplied by what is unpacked in registers (:mod:`quant.kernels.gpu.multiply`), many by a dense copy that is
-made a slice at a time (:mod:`quant.kernels.gpu.dequantize`), as are float32 inputs. Codes are multiplied as the numbers they
-are and scaled in float32 after, so few rows are as exact as float32 sums; the values of NF4 and FP4 tables are rounded to the
-type of ``x``. In the dense copy every weight is rounded.
+A few rows are multiplied by what is unpacked in registers (:mod:`quant.kernels.gpu.multiply`), more, on Hopper, by what is
+scaled there as well (:mod:`quant.kernels.gpu.hopper`), many by a dense copy that is made a slice at a time
+(:mod:`quant.kernels.gpu.dequantize`), as are float32 inputs. For few rows codes are multiplied as the numbers they are and
+scaled in float32 after, as exactly as float32 sums; the values of NF4 and FP4 tables are rounded to the type of ``x``. In the
+other ways every weight is rounded, once.
 
 Inputs that are to be quantized are, by torch, and multiplied as the numbers that they then are: what the reference does, not
 yet the product of two 8-bit numbers that the hardware could do.
@@ -50,9 +51,6 @@ class Wna16Kernel(LinearKernel):
         return planar(weight, NARROW if group <= NARROW else WIDTH)
 
     def apply(self, x: Tensor, weight: QuantWeight, bias: Tensor | None) -> Tensor:
-        from quant.kernels.gpu.multiply import multiply
-        from quant.kernels.gpu.tuned import MOST_ROWS
-
         assert isinstance(weight, PlanarWeight), weight.layout
         outputs, inputs = weight.shape.out_features, weight.shape.in_features
         if x.shape[-1] != inputs or x.device != weight.device:
@@ -64,9 +62,23 @@ class Wna16Kernel(LinearKernel):
             rows = quantize_dequantize(rows, activation, weight.input_scale, weight.input_zero)
         rows = weight.inputs(rows).contiguous()
         with on(x.device):
-            few = rows.dtype != torch.float32 and len(rows) <= MOST_ROWS
-            y = multiply(rows, weight, bias) if few else by_slices(rows, weight, bias)
+            y = product(rows, weight, bias)
         return y.to(x.dtype).view(*x.shape[:-1], outputs)
+
+
+def product(x: Tensor, weight: PlanarWeight, bias: Tensor | None) -> Tensor:
+    """``x [rows, in]``, in the order of the columns: the way that is the fastest for so many rows."""
+    from quant.kernels.gpu import hopper, tuned
+    from quant.kernels.gpu.multiply import multiply
+
+    rows = len(x)
+    if x.dtype != torch.float32 and rows <= tuned.FEW_ROWS:
+        return multiply(x, weight, bias)
+    if rows <= tuned.WIDE_ROWS[weight.bits] and hopper.takes(x, weight):
+        return hopper.multiply_wide(x, weight, bias)
+    if x.dtype != torch.float32 and rows <= tuned.MOST_ROWS:
+        return multiply(x, weight, bias)
+    return by_slices(x, weight, bias)
 
 
 def by_slices(x: Tensor, weight: PlanarWeight, bias: Tensor | None) -> Tensor:

@@ -1,5 +1,8 @@
 """Triton kernels of small operators: one pass over the data each, in float32, rounded where the formulas of
-:mod:`runtime.operators.recognize` round."""
+:mod:`runtime.operators.recognize` round.
+
+Where the device can (``Device.early``), a program starts while the launch before it still runs, lets the next do the same,
+and waits before it reads what was computed."""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quant.kernels.gpu.device import device_of
 from runtime.operators.recognize import Norm
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -19,13 +23,17 @@ DTYPES = (torch.bfloat16, torch.float16)
 @triton.jit
 def rms_norm_kernel(
     x, weight, y, first_stride, second_stride, seconds, eps,
-    SIZE: tl.constexpr, PADDED: tl.constexpr, FORM: tl.constexpr,
+    SIZE: tl.constexpr, PADDED: tl.constexpr, FORM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, PADDED)
     inside = i < SIZE
     start = row // seconds * first_stride + row % seconds * second_stride
     w = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     values = tl.load(x + start + i, mask=inside, other=0.0).to(tl.float32)
     values *= tl.rsqrt(tl.sum(values * values, 0) / SIZE + eps)
     if FORM == "rounded":
@@ -36,7 +44,12 @@ def rms_norm_kernel(
 
 
 @triton.jit
-def gated_kernel(gate, up, y, gate_stride, up_stride, size, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+def gated_kernel(
+    gate, up, y, gate_stride, up_stride, size, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
+):
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
@@ -70,8 +83,11 @@ def rotate_rows(
 def rotary_kernel(
     q, k, cos, sin, q_out, k_out, q_head, q_token, k_head, k_token, cos_token, sin_token,
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, Q_PADDED: tl.constexpr, K_PADDED: tl.constexpr, HALF: tl.constexpr,
-    PADDED: tl.constexpr,
+    PADDED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, PADDED)
     inside = i < HALF
@@ -93,11 +109,11 @@ def rms_norm(x: Tensor, weight: Tensor, norm: Norm) -> Tensor:
     size = x.shape[-1]
     rows = x.flatten(0, -3) if x.dim() > 2 else x.unsqueeze(-2)  # [a, b, n]; copies what lies in no such way
     first, second, _ = rows.stride()
-    padded = triton.next_power_of_2(size)
+    padded, early = triton.next_power_of_2(size), device_of(x.device.index).early
     with _on(x.device):
         rms_norm_kernel[(rows.shape[0] * rows.shape[1],)](
             rows, weight, y, first, second, rows.shape[1], norm.eps, SIZE=size, PADDED=padded, FORM=norm.form,
-            num_warps=max(1, min(8, padded // 512)),
+            EARLY=early, num_warps=max(1, min(8, padded // 512)), launch_pdl=early,
         )  # fmt: skip
     return y
 
@@ -107,11 +123,12 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     size = gate.shape[-1]
     gates, ups = gate.flatten(0, -2), up.flatten(0, -2)
-    block = 1024
+    block, early = 1024, device_of(gate.device.index).early
     with _on(gate.device):
         gated_kernel[(triton.cdiv(size, block), len(gates))](
-            gates, ups, y, gates.stride(0), ups.stride(0), size, ACTIVATION=activation, BLOCK=block, num_warps=4
-        )
+            gates, ups, y, gates.stride(0), ups.stride(0), size, ACTIVATION=activation, BLOCK=block, EARLY=early,
+            num_warps=4, launch_pdl=early,
+        )  # fmt: skip
     return y
 
 
@@ -120,12 +137,13 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     _, q_heads, tokens, size = q.shape
     k_heads = k.shape[1]
     q_out, k_out = (x.new_empty(1, tokens, x.shape[1], size) for x in (q, k))
-    half = size // 2
+    half, early = size // 2, device_of(q.device.index).early
     with _on(q.device):
         rotary_kernel[(tokens,)](
             q, k, cos, sin, q_out, k_out, q.stride(1), q.stride(2), k.stride(1), k.stride(2), cos.stride(1),
             sin.stride(1), Q_HEADS=q_heads, K_HEADS=k_heads, Q_PADDED=triton.next_power_of_2(q_heads),
-            K_PADDED=triton.next_power_of_2(k_heads), HALF=half, PADDED=triton.next_power_of_2(half), num_warps=4,
+            K_PADDED=triton.next_power_of_2(k_heads), HALF=half, PADDED=triton.next_power_of_2(half), EARLY=early,
+            num_warps=4, launch_pdl=early,
         )  # fmt: skip
     return q_out.transpose(1, 2), k_out.transpose(1, 2)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quant.activation import quantize_dequantize
 from quant.base import Activation, LinearShape, QuantWeight, Scheme, WeightKind, canonical_specs
+from quant.kernels.gpu import hopper
 from quant.kernels.gpu.multiply import multiply, sums_of
 from quant.kernels.gpu.tuned import Config
 from quant.kernels.gpu.unpack import interpreting
@@ -119,6 +120,28 @@ def test_every_kind_is_multiplied(case: Case, dtype: torch.dtype) -> None:
         assert y.shape == (rows, case.outputs)
         assert relative_error(y, x, dense, b) < TOLERANCE[dtype], f"{rows} rows, width {width}"
         assert prepared.counters is not None
+        assert not prepared.counters.any(), "left as they were found"
+
+
+WIDE_CONFIGS = (Config(64, 64, 4, 4, True, 4), Config(128, 128, 8, 3, True, 1), Config(256, 64, 4, 3, True, 1))
+
+
+@pytest.mark.skipif(interpreting(), reason="explicit layouts are compiled only")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_kind_is_multiplied_for_many_rows(case: Case, dtype: torch.dtype) -> None:
+    """The weight is rounded, and nothing else happens twice: a race would show in one of two results."""
+    weight = case.weight()
+    prepared = planar(weight, 32)
+    dense, bias = dequantize(weight).to(dtype), torch.randn(case.outputs, device=DEVICE).to(dtype)
+    for rows, config, b in ((33, WIDE_CONFIGS[0], None), (200, WIDE_CONFIGS[1], bias), (300, WIDE_CONFIGS[2], bias)):
+        x = inputs_of(case, rows, dtype)
+        inputs = prepared.inputs(x).contiguous()
+        if not hopper.takes(inputs, prepared):
+            pytest.skip("for the other kernels")
+        y = hopper.multiply_wide(inputs, prepared, b, config)
+        assert relative_error(y, x, dense, b) < TOLERANCE[torch.bfloat16], f"{rows} rows"
+        assert torch.equal(y, hopper.multiply_wide(inputs, prepared, b, config))
         assert not prepared.counters.any(), "left as they were found"
 
 

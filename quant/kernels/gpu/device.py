@@ -15,6 +15,12 @@ class Device(NamedTuple):
     processors: int
     capability: tuple[int, int]
 
+    @property
+    def early(self) -> bool:
+        """Whether a launch may start while the one before it runs, and wait for its results (*programmatic dependent
+        launch*). Every program has to wait, before it writes and before it ends: the next launch counts on it."""
+        return self.capability >= (9, 0) and not interpreting() and torch.version.hip is None
+
 
 @cache
 def device_of(index: int | None) -> Device:

@@ -1,7 +1,7 @@
 """``y = x @ W.T`` for few rows: the weight is unpacked in registers and multiplied by tensor cores, scales come after the dot.
 
-A program has a tile of the output and a share of the columns. Where the columns are shared out, the parts are written down,
-and the program that is done last adds them up, in their order: no second launch, no zeroed output, always the same sum.
+A program has a tile of the output and a share of the columns. Where the device can (``Device.early``), programs start while
+the launch before them still makes ``x``, ask for their scales, and wait.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from quant.kernels.gpu.device import device_of, dot_type
+from quant.kernels.gpu.share import add_parts, of_group, of_groups, splits_of
 from quant.kernels.gpu.tuned import FINE_GROUP, Config, config_for
 from quant.kernels.gpu.unpack import assembly_of, name_of, offset_of, planes
-from quant.kernels.planar import MOST_TILES, PlanarWeight
+from quant.kernels.planar import PlanarWeight
 
 FEW = 16
 """Up to so many rows in a tile, the sums of the inputs that zero points are multiplied by are made by the tensor cores, which
@@ -49,23 +50,6 @@ def sums_of(x: Tensor, weight: PlanarWeight) -> Tensor:
 
 
 @triton.jit
-def of_group(values, block, group: tl.constexpr, i, live, count, BLOCK: tl.constexpr, GROUP: tl.constexpr):
-    """What a group of a block has at ``i``, of ``count``: scales, zero points, sums."""
-    return tl.load(values + (block * BLOCK + group * GROUP) // GROUP * count + i, mask=live, other=0).to(tl.float32)
-
-
-@triton.jit
-def of_groups(
-    values, block, i, live, count, BLOCK: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, WANTED: tl.constexpr
-):  # fmt: skip
-    found = ()
-    if WANTED:
-        for group in tl.static_range(GROUPS):
-            found += (of_group(values, block, group, i, live, count, BLOCK, GROUP),)  # type: ignore[assignment]
-    return found
-
-
-@triton.jit
 def across(values, FIRST: tl.constexpr):
     """Along the first dimension of a tile, or the second."""
     return values[:, None] if FIRST else values[None, :]
@@ -77,7 +61,7 @@ def multiply_kernel(
     KIND: tl.constexpr, PLANES: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, GROUPED: tl.constexpr,
     ZERO: tl.constexpr, OFFSET: tl.constexpr, SUMMED: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr,
     EVEN_INPUTS: tl.constexpr, EVEN_OUTPUTS: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, WEIGHT_FIRST: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, WEIGHT_FIRST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     BLOCK: tl.constexpr = PLANES * WIDTH
     GROUPS: tl.constexpr = BLOCK // GROUP if GROUPED and GROUP < BLOCK else 1  # of a block
@@ -94,6 +78,8 @@ def multiply_kernel(
     live_m, live_n = m < rows, n < outputs
     i = tl.arange(0, WIDTH)
     x_rows = x + m.to(tl.int64)[:, None] * x_row
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
 
     acc = tl.zeros([N, M] if WEIGHT_FIRST else [M, N], tl.float32)
     ones = tl.full([N, WIDTH], 1.0, DTYPE)
@@ -101,6 +87,8 @@ def multiply_kernel(
     # What is loaded of a group is too little to be copied asynchronously, so it is asked for a block ahead.
     scales = of_groups(scale, first, n, live_n, outputs, BLOCK, GROUP, GROUPS, AHEAD)
     zeros = of_groups(zero, first, n, live_n, outputs, BLOCK, GROUP, GROUPS, AHEAD and ZERO)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     totals = of_groups(sums, first, m, live_m, rows, BLOCK, SUMS, GROUPS, AHEAD and SUMMED)
     for block in range(first, stop):
         places = words + (block * outputs + n)[:, None] * WIDTH + i[None, :]
@@ -114,7 +102,7 @@ def multiply_kernel(
         if GROUPED:
             next_scales = of_groups(scale, following, n, live_n, outputs, BLOCK, GROUP, GROUPS, AHEAD)
             next_zeros = of_groups(zero, following, n, live_n, outputs, BLOCK, GROUP, GROUPS, AHEAD and ZERO)
-        numbers = planes(word, table, KIND, DTYPE, ASSEMBLY)
+        numbers = planes(word, table, KIND, DTYPE, ASSEMBLY, PLANES)
         for group in tl.static_range(GROUPS):
             part, total = acc, every
             if GROUPED:
@@ -161,27 +149,13 @@ def multiply_kernel(
         place = m.to(tl.int64)[:, None] * outputs + n[None, :]
         live = live_m[:, None] & live_n[None, :]
     if SPLIT:
-        size = tl.cast(rows, tl.int64) * outputs
-        tl.store(parts + split * size + place, acc, mask=live)
-        tl.debug_barrier()  # all of the part is written before it is counted
-        counter = counters + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        if tl.atomic_add(counter, 1, sem="acq_rel") != tl.num_programs(2) - 1:
+        acc, last = add_parts(acc, parts, counters, tl.cast(rows, tl.int64) * outputs, place, live)
+        if not last:
             return
-        acc = tl.zeros(acc.shape, tl.float32)
-        for each in range(tl.num_programs(2)):
-            acc += tl.load(parts + each * size + place, mask=live, other=0.0, cache_modifier=".cg")
-        tl.store(counter, 0)
     if BIAS:
         b = tl.load(bias + n, mask=live_n, other=0.0).to(tl.float32)
         acc += across(b, WEIGHT_FIRST)
     tl.store(y + place, acc.to(y.dtype.element_ty), mask=live)
-
-
-def splits_of(tiles: int, blocks: int, config: Config, processors: int) -> int:
-    """Parts of the columns: enough to fill the device, each of at least ``config.blocks`` blocks."""
-    if tiles > MOST_TILES:
-        return 1
-    return max(1, min(config.programs * processors // tiles, blocks // config.blocks, 32))
 
 
 def multiply(x: Tensor, weight: PlanarWeight, bias: Tensor | None, config: Config | None = None) -> Tensor:
@@ -199,7 +173,7 @@ def multiply(x: Tensor, weight: PlanarWeight, bias: Tensor | None, config: Confi
     y = x.new_empty(rows, outputs)
     parts = y if splits == 1 else x.new_empty(splits, rows, outputs, dtype=torch.float32)
     name = name_of(kind)
-    assembly = assembly_of(name, x.dtype, weight.values)
+    assembly = assembly_of(name, x.dtype, weight.values, 32 // weight.bits)
     offset = offset_of(name, x.dtype, assembly)
     if weight.zero is None and kind.is_integer:
         offset += 2 ** (kind.bits - 1)
@@ -212,7 +186,7 @@ def multiply(x: Tensor, weight: PlanarWeight, bias: Tensor | None, config: Confi
         KIND=name, PLANES=32 // weight.bits, WIDTH=weight.width, GROUP=weight.group, GROUPED=weight.grouped,
         ZERO=weight.zero is not None, OFFSET=offset, SUMMED=summed, BIAS=bias is not None, SPLIT=splits > 1,
         EVEN_INPUTS=inputs == weight.columns, EVEN_OUTPUTS=outputs % config.outputs == 0, DTYPE=dot_type(x.dtype),
-        ASSEMBLY=assembly, M=config.rows, N=config.outputs, WEIGHT_FIRST=config.weight_first,
-        num_warps=config.warps, num_stages=config.stages,
+        ASSEMBLY=assembly, M=config.rows, N=config.outputs, WEIGHT_FIRST=config.weight_first, EARLY=device.early,
+        num_warps=config.warps, num_stages=config.stages, launch_pdl=device.early,
     )  # fmt: skip
     return y

@@ -2,7 +2,8 @@
 
 Those for Hopper are the best of a sweep on an NVIDIA H100 80GB HBM3 (Triton 3.6) at 4096 x 4096, 14336 x 4096 and
 4096 x 14336, with int4 in groups of 128 and with fp8; 8 bits and 32 rows were not swept. 4 % faster for int4, and too large for
-the registers with NF4 and E2M1, are tiles of 128 outputs for 32 rows, and of 128 rows for 128.
+the registers with NF4 and E2M1, are tiles of 128 outputs for 32 rows, and of 128 rows for 128. For one row of int4, an H200
+wants more programs than that H100 did.
 ``python -m benchmarks.gpu_linear --sweep`` finds better ones on the GPU at hand and prints them as they are to stand here.
 ``SAFE`` fits the 99 KiB of shared memory that every architecture from 8.0 on has.
 """
@@ -42,7 +43,7 @@ SAFE: dict[int, Table] = {
 TABLES: dict[tuple[int, int], dict[int, Table]] = {
     HOPPER: {
         4: {
-            8: Config(8, 32, 1, 3, True, 4),
+            8: Config(8, 32, 1, 3, True, 8),
             16: Config(16, 64, 2, 3, False, 4),
             32: Config(32, 64, 4, 3, True, 2),
             MOST_ROWS: Config(64, 64, 4, 3, True, 2),
@@ -74,4 +75,32 @@ FINE: dict[tuple[int, int], Table] = {
 def config_for(bits: int, rows: int, capability: tuple[int, int], fine: bool = False) -> Config:
     """``fine``: of integers in small groups."""
     table = FINE.get(capability, SAFE_FINE) if fine and bits == 4 else TABLES.get(capability, SAFE)[bits]
+    return next((config for most, config in table.items() if rows <= most), table[max(table)])
+
+
+FEW_ROWS = 32
+"""More are multiplied by what was unpacked and scaled in registers, on Hopper, up to ..."""
+WIDE_ROWS = {4: 2048, 8: 768}
+"""... so many, by the bits of a stored code."""
+# Of the tiles for them, those of an NVIDIA H200 (Triton 3.6) with int4 in groups of 128. Tiles of 128 rows and 256 outputs
+# spill registers.
+WIDE: Table = {
+    32: Config(32, 64, 4, 6, True, 3),
+    64: Config(64, 64, 4, 4, True, 2),
+    128: Config(128, 128, 8, 3, True, 1),
+    256: Config(256, 128, 8, 3, True, 1),
+}
+WIDE_SMALL: Table = {
+    32: Config(32, 64, 4, 6, True, 2),
+    64: Config(64, 64, 4, 4, True, 2),
+    256: Config(128, 64, 4, 3, True, 1),
+    512: Config(128, 128, 8, 3, True, 1),
+    1024: Config(256, 128, 8, 3, True, 1),
+}
+"""For weights of up to ``SMALL`` numbers, which have few tiles."""
+SMALL = 1 << 25
+
+
+def wide_config_for(rows: int, weights: int) -> Config:
+    table = WIDE_SMALL if weights <= SMALL else WIDE
     return next((config for most, config in table.items() if rows <= most), table[max(table)])

@@ -48,18 +48,18 @@ def _times(plane: int, bf16: bool, factor: int) -> str:
 
 
 @cache
-def assembly_of(kind: str, dtype: torch.dtype, values: tuple[float, ...] | None) -> str:
-    """From two words, ``$8, $9``, to eight pairs, or from ``$4, $5`` to four. Empty where there is no assembly. ``values``
-    are those of a table."""
+def assembly_of(kind: str, dtype: torch.dtype, values: tuple[float, ...] | None, count: int) -> str:
+    """From two words, ``$8, $9``, to eight pairs, or from ``$4, $5`` to four: ``count``, as many as there are or the first
+    four. Empty where there is no assembly. ``values`` are those of a table."""
     if interpreting() or torch.version.hip is not None:
         return ""
     if kind == "table":
         assert values is not None
-        return _table_assembly(torch.tensor(values).to(dtype).view(torch.int16).tolist())
+        return _table_assembly(torch.tensor(values).to(dtype).view(torch.int16).tolist(), count)
     bf16 = dtype == torch.bfloat16
     if kind in ("uint4", "e2m1"):
-        lines = ["prmt.b32 low, $8, $9, 0x5410;", "prmt.b32 high, $8, $9, 0x7632;"]
-        for plane in range(8):
+        lines = [f"prmt.b32 low, ${count}, ${count + 1}, 0x5410;", f"prmt.b32 high, ${count}, ${count + 1}, 0x7632;"]
+        for plane in range(count):
             half, place = ("low", "high")[plane // 4], 4 * (plane % 4)
             if kind == "uint4":
                 lines += [
@@ -101,7 +101,7 @@ def assembly_of(kind: str, dtype: torch.dtype, values: tuple[float, ...] | None)
     return "{ .reg .b32 low, high, s, t, one; " + " ".join(lines) + " }"
 
 
-def _table_assembly(bits: list[int]) -> str:
+def _table_assembly(bits: list[int], count: int) -> str:
     """A byte permutation takes 4 of 8 bytes by 4 numbers of 3 bits: two of them, and a third that takes from both by the
     fourth bits, look up one byte of 4 codes. ``even`` has the codes of planes 0, 2, 4 and 6 of both words beside each
     other, ``odd`` those of the others."""
@@ -109,10 +109,11 @@ def _table_assembly(bits: list[int]) -> str:
     def four(first: int, shift: int) -> int:
         return sum((bits[first + i] >> shift & 255) << 8 * i for i in range(4))
 
-    lines = ["shl.b32 t, $9, 4;", f"lop3.b32 even, $8, t, {0x0F0F0F0F}, 0xe4;"]
-    lines += ["shr.u32 t, $8, 4;", f"lop3.b32 odd, t, $9, {0x0F0F0F0F}, 0xe4;"]
+    one, two = f"${count}", f"${count + 1}"
+    lines = [f"shl.b32 t, {two}, 4;", f"lop3.b32 even, {one}, t, {0x0F0F0F0F}, 0xe4;"]
+    lines += [f"shr.u32 t, {one}, 4;", f"lop3.b32 odd, t, {two}, {0x0F0F0F0F}, 0xe4;"]
     for first, codes in enumerate(("even", "odd")):
-        for half in (0, 1):
+        for half in range(count // 4):
             if half:
                 lines += [f"shr.u32 {codes}, {codes}, 16;"]
             lines += [f"and.b32 s, {codes}, 0x7777;", f"shr.u32 t, {codes}, 1;", "lop3.b32 t, t, 0x4444, 0x3210, 0xea;"]
@@ -131,9 +132,9 @@ def times(count, dtype):
 
 
 @triton.jit
-def planes(word, table, KIND: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """The eight or four planes of ``word``, as ``DTYPE``."""
-    if ASSEMBLY != "" and (KIND == "uint4" or KIND == "e2m1" or KIND == "table"):
+def planes(word, table, KIND: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr, COUNT: tl.constexpr):
+    """The first ``COUNT`` planes of ``word``, all or four, as ``DTYPE``."""
+    if ASSEMBLY != "" and COUNT == 8:
         return tl.inline_asm_elementwise(
             ASSEMBLY, "=r,=r,=r,=r,=r,=r,=r,=r,r,r", [word],
             dtype=times(8, DTYPE), is_pure=True, pack=2,
@@ -143,18 +144,12 @@ def planes(word, table, KIND: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.co
             ASSEMBLY, "=r,=r,=r,=r,r,r", [word],
             dtype=times(4, DTYPE), is_pure=True, pack=2,
         )  # fmt: skip
-    elif KIND == "uint8" or KIND == "fp8":
-        return (
-            number(word, 0, table, KIND, DTYPE), number(word, 8, table, KIND, DTYPE),
-            number(word, 16, table, KIND, DTYPE), number(word, 24, table, KIND, DTYPE),
-        )  # fmt: skip
     else:
-        return (
-            number(word, 0, table, KIND, DTYPE), number(word, 4, table, KIND, DTYPE),
-            number(word, 8, table, KIND, DTYPE), number(word, 12, table, KIND, DTYPE),
-            number(word, 16, table, KIND, DTYPE), number(word, 20, table, KIND, DTYPE),
-            number(word, 24, table, KIND, DTYPE), number(word, 28, table, KIND, DTYPE),
-        )  # fmt: skip
+        BITS: tl.constexpr = 8 if KIND == "uint8" or KIND == "fp8" else 4
+        found = ()
+        for plane in tl.static_range(COUNT):
+            found += (number(word, plane * BITS, table, KIND, DTYPE),)  # type: ignore[assignment]
+        return found
 
 
 @triton.jit
