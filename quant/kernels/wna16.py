@@ -72,7 +72,7 @@ def product(x: Tensor, weight: PlanarWeight, bias: Tensor | None) -> Tensor:
     from quant.kernels.gpu.multiply import multiply
 
     rows = len(x)
-    if x.dtype != torch.float32 and rows <= tuned.FEW_ROWS:
+    if x.dtype != torch.float32 and rows <= tuned.FEW_ROWS[weight.bits]:
         return multiply(x, weight, bias)
     if rows <= tuned.WIDE_ROWS[weight.bits] and hopper.takes(x, weight):
         return hopper.multiply_wide(x, weight, bias)

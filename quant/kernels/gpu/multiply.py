@@ -78,8 +78,6 @@ def multiply_kernel(
     live_m, live_n = m < rows, n < outputs
     i = tl.arange(0, WIDTH)
     x_rows = x + m.to(tl.int64)[:, None] * x_row
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
 
     acc = tl.zeros([N, M] if WEIGHT_FIRST else [M, N], tl.float32)
     ones = tl.full([N, WIDTH], 1.0, DTYPE)
@@ -137,6 +135,8 @@ def multiply_kernel(
                 acc, every = part, total + totals[group] if SUMMED else total
         scales, zeros, totals = next_scales, next_zeros, next_totals
 
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     if not GROUPED:
         if SHIFTED:
             every = across(every, not WEIGHT_FIRST) if SUMMED else every

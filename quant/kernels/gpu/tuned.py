@@ -78,10 +78,10 @@ def config_for(bits: int, rows: int, capability: tuple[int, int], fine: bool = F
     return next((config for most, config in table.items() if rows <= most), table[max(table)])
 
 
-FEW_ROWS = 32
-"""More are multiplied by what was unpacked and scaled in registers, on Hopper, up to ..."""
+FEW_ROWS = {4: 32, 8: 128}
+"""By the bits of a stored code. More are multiplied by what was unpacked and scaled in registers, on Hopper, up to ..."""
 WIDE_ROWS = {4: 2048, 8: 768}
-"""... so many, by the bits of a stored code."""
+"""... so many."""
 # Of the tiles for them, those of an NVIDIA H200 (Triton 3.6) with int4 in groups of 128. Tiles of 128 rows and 256 outputs
 # spill registers.
 WIDE: Table = {
