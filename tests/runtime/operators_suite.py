@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Olmo2Config, Phi3Config, Qwen3Config
-from transformers.models.bamba.modeling_bamba import BambaRMSNormGated
+from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 
 from runtime.operators import kernels, recognize, replace_with
 from runtime.operators.recognize import Norm
@@ -96,7 +96,7 @@ def test_models_compute_what_they_computed(config: type) -> None:
 
 @torch.inference_mode()
 def test_a_norm_that_is_given_a_gate_uses_it() -> None:
-    norm = BambaRMSNormGated(64, 64).to(DEVICE, torch.float16)
+    norm = Zamba2RMSNormGated(64, group_size=64).to(DEVICE, torch.float16)
     x, gate = random(3, 64, dtype=torch.float16), random(3, 64, dtype=torch.float16)
     plain, gated = norm(x), norm(x, gate)
     assert replace_with(kernels, torch.nn.ModuleList([norm])) == "1 norms"
