@@ -72,9 +72,14 @@ REMOTE_CODE = (
 )
 
 
+def brought_by_checkpoint(model: nn.Module) -> bool:
+    """Whether the code of a model came with its weights."""
+    return type(model).__module__.startswith("transformers_modules.")
+
+
 def advice(model: nn.Module) -> str:
     """What to change in code that a checkpoint brought; of Transformers' own models there is nothing to say."""
-    return f". {REMOTE_CODE}" if type(model).__module__.startswith("transformers_modules.") else ""
+    return f". {REMOTE_CODE}" if brought_by_checkpoint(model) else ""
 
 
 def explain(model: nn.Module, error: Exception) -> str:

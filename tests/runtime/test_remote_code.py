@@ -162,6 +162,33 @@ def test_code_without_it_is_refused_before_loading_with_the_changes_it_needs(
     assert "ALL_ATTENTION_FUNCTIONS" in dict(inspect(old, trust_remote_code=True).attention)["attention"]
 
 
+PLACES = "self.places(position_ids)"
+LAYER = "def forward(self, x, **kwargs):"
+SHIFTED = "x = x + 0.5 * nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]"
+CONVOLVED = "x = nn.functional.conv1d(x.mT, x.new_ones(32, 1, 3) / 3, padding=2, groups=32)[..., :-2].mT"
+
+
+@pytest.mark.parametrize(
+    ("written", "instead"),
+    [
+        (PLACES, "self.places(torch.arange(input_ids.shape[1], device=input_ids.device))"),
+        (PLACES, "self.places.weight[:input_ids.shape[1]]"),
+        (LAYER, f"{LAYER}\n        {SHIFTED}"),
+        (LAYER, f"{LAYER}\n        {CONVOLVED}"),
+        (LAYER, f"{LAYER}\n        x = x - x.mean(1, keepdim=True)"),
+    ],
+    ids=["counts-rows", "takes-rows", "shifts-tokens", "convolves-tokens", "averages-tokens"],
+)
+def test_code_that_answers_otherwise_beside_another_sequence_is_refused(
+    written: str, instead: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its attention goes through the interface, so nothing but a trial shows what is wrong."""
+    assert written in MODELLING
+    monkeypatch.setattr(f"{__name__}.MODELLING", MODELLING.replace(written, instead))
+    with pytest.raises(LoadError, match=r"differently beside another one: .* must take positions from position_ids"):
+        Engine(EngineConfig(model=str(write(tmp_path, INTERFACE)), trust_remote_code=True, **ENGINE))
+
+
 def test_a_model_that_the_engine_refuses_still_runs_alone(old: Path) -> None:
     model = load_model(old, trust_remote_code=True, dtype="float32", device="cpu")
     assert model(torch.tensor([PROMPTS[0]])).logits.shape == (1, len(PROMPTS[0]), VOCABULARY)
