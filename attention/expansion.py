@@ -72,11 +72,12 @@ class LatentForward:
         if split is None:
             return absorbed(q, kept, self.batch)
         out = q.new_empty(*q.shape[:2], projection.value)
-        if split.absorb is not None:
-            rows = split.absorb.rows
-            out[rows] = absorbed(q[rows], kept[rows], split.absorb.batch)
         rows = split.expand.rows
+        # Before anything is read: a sequence may start from a prefix that another is given in this very forward.
         self.cache.write(call, self.batch.slots[rows], kept[rows], kept[rows][..., : spec.value_dim])
+        if split.absorb is not None:
+            others = split.absorb.rows
+            out[others] = absorbed(q[others], kept[others], split.absorb.batch)
         out[rows] = self._expanded(call, spec, projection, q[rows], split, sinks)
         return out
 

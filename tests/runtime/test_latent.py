@@ -42,6 +42,17 @@ def tokens_of(llm: LLM) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, GREEDY)]
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_prompt_that_starts_in_the_same_step_finds_the_latents_of_the_other(folder: str, backend: str) -> None:
+    """The first is expanded; what is left of the second is absorbed, and sees blocks that the first has just been given."""
+    model = load_model(folder, dtype="float32")
+    prompts = [PROMPTS[2], PROMPTS[2], [*PROMPTS[2][:9], 5]]
+    llm = LLM(folder, block_size=4, attention_backend=backend, **OPTIONS)
+    answers = [output.outputs[0].token_ids for output in llm.generate(prompts, GREEDY)]
+    assert llm.engine.stats().prefix_hits == 12 + 8
+    assert answers == [greedy_alone(model, prompt, 6) for prompt in prompts]
+
+
 @pytest.mark.parametrize("quantization", ["int4", "w8a8_int8"])
 def test_a_quantized_projection_is_dense_in_the_engine_and_nowhere_else(folder: str, quantization: str) -> None:
     model = load_model(folder, quantization=quantization, dtype="float32", weight_only=True)
