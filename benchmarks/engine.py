@@ -40,6 +40,7 @@ from torch.nn import functional as F
 from benchmarks import random_llama
 from benchmarks.answers import ROUNDED_TIE, TIE, largest_gap, plain_model
 from benchmarks.engine_peers import PEERS
+from benchmarks.pythons import add_argument, has, python_of
 from benchmarks.serve_models import random_prompts
 from benchmarks.timing import measure, print_json, reader
 from runtime.checkpoint import locate
@@ -60,8 +61,8 @@ class Worker:
     """A peer that has loaded and waits to be asked. ``paths`` are of the checkpoints; a GGUF file is added if it is needed,
     beside bf16's."""
 
-    def __init__(self, peer: str, paths: dict[str, Path], pythons: dict[str, str]):
-        kind, python = PEERS[peer].checkpoint, pythons.get(PEERS[peer].package, sys.executable)
+    def __init__(self, peer: str, paths: dict[str, Path], pythons: list[str]):
+        kind, python = PEERS[peer].checkpoint, python_of(PEERS[peer].package, pythons)
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
         if kind not in paths:
             self._convert(kind, paths, python)
@@ -154,17 +155,15 @@ def folders(model: str, scratch: Path) -> dict[str, Path]:
     }
 
 
-def available(peers: Sequence[str], pythons: dict[str, str]) -> list[str]:
+def available(peers: Sequence[str], pythons: list[str]) -> list[str]:
     """Those whose package is installed; the others are named."""
     found = []
     for name in peers:
         peer = PEERS[name]
-        python = pythons.get(peer.package, sys.executable)
-        find = f"import sys; from importlib.util import find_spec; sys.exit(find_spec({peer.package!r}) is None)"
-        if subprocess.run([python, "-c", find], cwd=ROOT, check=False).returncode:
-            print(f"{name} is left out, {peer.package} is not installed: {peer.install}", file=sys.stderr)
-        else:
+        if has(python_of(peer.package, pythons), peer.package):
             found.append(name)
+        else:
+            print(f"{name} is left out, {peer.package} is not installed: {peer.install}", file=sys.stderr)
     return found
 
 
@@ -181,7 +180,7 @@ def gaps(kind: str, folder: Path, answers: dict[str, tuple[list[list[int]], list
     return found
 
 
-def run(model: str, peers: Sequence[str], pythons: dict[str, str], rounds: int, scratch: Path) -> dict[str, Any]:
+def run(model: str, peers: Sequence[str], pythons: list[str], rounds: int, scratch: Path) -> dict[str, Any]:
     """Measure one model and print its table."""
     paths = folders(model, scratch)
     vocabulary = json.loads((paths["bf16"] / "config.json").read_text())["vocab_size"]
@@ -269,15 +268,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=("demo", *random_llama.SHAPES), default=["demo", "135m", "1b"])
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), metavar="NAME", help=", ".join(PEERS))
-    parser.add_argument("--python", nargs="+", default=[], metavar="PACKAGE=PYTHON", help="who has which package")
+    add_argument(parser)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    pythons = dict(entry.split("=", 1) for entry in arguments.python)
-    peers = available(arguments.peers, pythons)
+    peers = available(arguments.peers, arguments.python)
     results = {}
     for name in arguments.models:
         with tempfile.TemporaryDirectory() as scratch:
-            results[name] = run(name, peers, pythons, arguments.rounds, Path(scratch))
+            results[name] = run(name, peers, arguments.python, arguments.rounds, Path(scratch))
     print_json("engine", models=results)
     return 1 if any(result["wrong"] for result in results.values()) else 0
 

@@ -1,6 +1,6 @@
 """Time and memory of loading a Llama of 1B parameters, against Transformers, in one run.
 
-    python -m benchmarks.loading [--shape 1b|tiny] [--rounds 3]
+    python -m benchmarks.loading [--shape 1b|tiny] [--rounds 3] [--python gptqmodel=PYTHON]
 
 Two checkpoints of random weights: AWQ (peer: Transformers with GPTQModel), and bf16 that is quantized to NF4 while it loads
 (peer: Transformers with bitsandbytes). Every load has a process of its own, and the peers take turns. Measured are the seconds
@@ -22,7 +22,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ import torch
 from torch import nn
 
 from benchmarks import random_llama
+from benchmarks.pythons import add_argument, has, python_of
 from benchmarks.timing import print_json
 from runtime.peak import measure_peak, peak_rss
 
@@ -89,9 +89,9 @@ def child(loader: str, path: str) -> None:
     print(json.dumps(measured | {"peak_rss": peak_rss(), "growth": peak.growth}))
 
 
-def one_load(loader: str, path: Path) -> dict[str, Any] | str:
+def one_load(loader: str, path: Path, python: str) -> dict[str, Any] | str:
     """The measurements, or the last line of what went wrong."""
-    command = [sys.executable, "-m", "benchmarks.loading", "--child", loader, str(path)]
+    command = [python, "-m", "benchmarks.loading", "--child", loader, str(path)]
     done = subprocess.run(command, capture_output=True, text=True)
     lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or ["no output"]
     return json.loads(lines[-1]) if done.returncode == 0 else lines[-1]
@@ -105,20 +105,21 @@ def read_all(path: Path) -> float:
     return time.perf_counter() - start
 
 
-def run_case(name: str, path: Path, rounds: int) -> dict[str, Any]:
+def run_case(name: str, path: Path, rounds: int, python: str) -> dict[str, Any]:
+    """``python`` has the package that the peer needs, if any has."""
     ours, peer, package = CASES[name]
-    loaders = {"relinear": ours.__name__}
+    loaders = {"relinear": (ours.__name__, sys.executable)}
     result: dict[str, Any] = {}
-    if find_spec(package):
-        loaders["transformers"] = peer.__name__
+    if has(python, package):
+        loaders["transformers"] = (peer.__name__, python)
     else:
         print(f"{name}: Transformers needs {package} for it, which is not installed: pip install {package}")
     read_all(path)
     result["bound_seconds"] = read_all(path)
     samples: dict[str, list[dict[str, Any]]] = {who: [] for who in loaders}
     for _ in range(rounds):
-        for who, loader in loaders.items():
-            measured = one_load(loader, path)
+        for who, (loader, its_python) in loaders.items():
+            measured = one_load(loader, path, its_python)
             if isinstance(measured, str):
                 print(f"{name}: {who} failed: {measured}")
             else:
@@ -143,6 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=random_llama.SHAPES, default="1b")
     parser.add_argument("--rounds", type=int, default=3)
+    add_argument(parser)
     parser.add_argument("--child", nargs=2, metavar=("LOADER", "PATH"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -154,7 +156,7 @@ def main() -> None:
             path = random_llama.write(
                 random_llama.SHAPES[arguments.shape], Path(folder) / name, quantized=name == "awq"
             )
-            results[name] = run_case(name, path, arguments.rounds)
+            results[name] = run_case(name, path, arguments.rounds, python_of(CASES[name][2], arguments.python))
     print_json("loading", shape=arguments.shape, rounds=arguments.rounds, results=results)
 
 

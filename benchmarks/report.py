@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pythons import add_argument
 from runtime.evaluation.chart import Axis, Panel, figure
 
 ROOT = Path(__file__).parents[1]
@@ -23,12 +24,14 @@ RESULTS, README = ROOT / "benchmarks" / "results", ROOT / "README.md"
 BEGIN, END = "<!-- speed: written by python -m benchmarks.report -->", "<!-- /speed -->"
 
 ARGUMENTS: dict[str, list[str]] = {
-    "linear": ["--kinds", "int4", "int8", "nf4", "mxfp4", "fp8"],
+    "linear": ["--kinds", "awq", "int8", "w4a8", "nf4", "mxfp4", "fp8"],
     "attention": ["--device", "cpu"],
     "engine": [],
     "loading": [],
     "serve": [],
 }
+WITH_PYTHONS = ("engine", "loading")
+"""Those whose peers may live in other environments."""
 MODELS = {"1b": "Llama of 1.2 B parameters", "135m": "Llama of 135 M parameters", "demo": "bundled model"}
 BASELINE = "transformers bf16"
 SHOWN = {
@@ -167,12 +170,12 @@ def draw() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", choices=[[], *ARGUMENTS], metavar="NAME", help="default: all")
-    parser.add_argument("--python", nargs="+", default=[], metavar="PACKAGE=PYTHON", help="for the peers of engine")
+    add_argument(parser)
     parser.add_argument("--draw", action="store_true", help="measure nothing, draw what is kept")
     arguments = parser.parse_args()
     wanted = [] if arguments.draw else arguments.names or list(ARGUMENTS)
-    extra = {"engine": ["--python", *arguments.python]} if arguments.python else {}
-    done = [run(name, extra.get(name, [])) for name in wanted]
+    pythons = ["--python", *arguments.python] if arguments.python else []
+    done = [run(name, pythons if name in WITH_PYTHONS else []) for name in wanted]
     draw()
     return 0 if all(done) else 1
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ TWO = ["relinear awq", "transformers bf16"]
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "NEW", 32)
-        return engine.run("tiny", TWO, {}, 1, tmp_path_factory.mktemp("engine"))
+        return engine.run("tiny", TWO, [], 1, tmp_path_factory.mktemp("engine"))
 
 
 def test_every_peer_gets_every_number(measured: dict[str, Any]) -> None:
@@ -43,7 +45,7 @@ def test_a_peer_with_wrong_answers_gets_no_number(tmp_path: Path, monkeypatch: p
         return seconds, [[token - 1 for token in row] for row in rows]
 
     monkeypatch.setattr(engine.Worker, "generate", off_by_one)
-    result = engine.run("tiny", TWO[:1], {}, 1, tmp_path)
+    result = engine.run("tiny", TWO[:1], [], 1, tmp_path)
     assert result["wrong"][TWO[0]] > engine.TIE
     assert result["peers"] == {}
 
@@ -52,8 +54,20 @@ def test_a_peer_that_is_not_installed_is_named_with_what_installs_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(PEERS, "other", Peer("bf16", "nowhere", "pip install it", print))
-    assert engine.available(["relinear awq", "other"], {}) == ["relinear awq"]
+    assert engine.available(["relinear awq", "other"], []) == ["relinear awq"]
     assert "other is left out, nowhere is not installed: pip install it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", report.ARGUMENTS)
+def test_a_benchmark_takes_what_the_report_gives_it(name: str) -> None:
+    """``--help`` comes last: a parser complains of a wrong value before it gets there."""
+    given = [
+        *report.ARGUMENTS[name],
+        *(["--python", "gptqmodel=python"] if name in report.WITH_PYTHONS else []),
+        "--help",
+    ]
+    done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *given], cwd=report.ROOT, capture_output=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_figures_name_every_peer_and_kernel(measured: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
