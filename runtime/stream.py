@@ -40,6 +40,11 @@ class Stream:
     def __post_init__(self) -> None:
         self.left = len(self.prompts) * self.params.n
 
+    @property
+    def ended(self) -> bool:
+        """Every answer has been read to its end."""
+        return not self.left and not self._pending
+
     async def read(self) -> list[tuple[int, Delta]]:
         """Wait for the next pieces, ``(position of the prompt, Delta)``; empty once all has been read."""
         while not self._pending:

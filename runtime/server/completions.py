@@ -39,25 +39,16 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     service.require_model(body.model)
     params = body.params(service.defaults)
     service.worker.require_room(params.n)
-    messages = [message.plain() for message in body.messages]
-    continued = bool(body.continue_final_message)
     use, form = body.tool_use, await service.reply_format()
     if use.tools and use.forced is None and not form.reads_calls:
         raise InvalidRequest(
             "tools with tool_choice 'auto' cannot be served: how this model writes calls is not known. "
             "Start the server with --tool-call-parser, or demand a call with tool_choice 'required'."
         )
-    text = await service.render(
-        messages,
-        add_generation_prompt=not continued if body.add_generation_prompt is None else body.add_generation_prompt,
-        continue_final_message=continued,
-        tools=use.tools,
-        options=body.chat_template_kwargs,
-    )
+    text, prompt = await service.converse(body)
     separate = body.separate_reasoning is not False
     if form.marked(use, separate_reasoning=separate):
         params = replace(params, skip_special_tokens=False)
-    prompt = await service.encode(text, special=False)
 
     def new_parser() -> ReplyParser:
         return form.parser(use, text, separate_reasoning=separate)

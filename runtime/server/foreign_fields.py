@@ -29,7 +29,6 @@ REFUSED: Mapping[str, str] = {
     "modalities": TEXT_ONLY,
     "moderation": "nothing is moderated here",
     "prediction": "predicted outputs are not supported",
-    "reasoning_effort": "pass what the model's template knows in chat_template_kwargs",
     "web_search_options": "this server fetches nothing",
     "suffix": "filling in the middle is not supported",
     "chat_template": "templates are chosen by the operator (--chat-template)",

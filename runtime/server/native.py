@@ -137,13 +137,16 @@ def finish(delta: Delta) -> dict[str, Any] | None:
 @router.post("/tokenize")
 async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
     service: Service = request.app.state.service
-    body.refuse_unknown()
     service.require_model(body.model)
-    text = body.prompt if body.prompt is not None else body.text
+    text = body.plain()
     if text is None:
-        raise InvalidRequest("prompt is needed.")
-    tokens = await service.encode(text, special=body.add_special_tokens)
-    return {"tokens": tokens, "count": len(tokens), "max_model_len": service.engine.max_model_len}
+        _, tokens = await service.converse(body)
+    else:
+        tokens = await service.encode(text, special=body.add_special_tokens is not False)
+    found: dict[str, Any] = {"tokens": tokens, "count": len(tokens), "max_model_len": service.engine.max_model_len}
+    if body.return_token_strs:
+        found["token_strs"] = [service.tokens.text(token) for token in tokens]
+    return found
 
 
 @router.post("/detokenize")

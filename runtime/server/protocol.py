@@ -6,42 +6,17 @@ Types are checked here, values by :class:`SamplingParams`, which says what is po
 from __future__ import annotations
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from runtime.errors import InvalidRequest
 from runtime.request import SamplingParams
-from runtime.server.foreign_fields import HARMLESS, REFUSED, refusal
-from runtime.server.tools import MAX_TOOLS, Tool, ToolUse, with_parsed_arguments
+from runtime.server.body import Body
+from runtime.server.conversation import MAX_MESSAGES, Conversation, Message
 
 MAX_PROMPTS = 256
-MAX_MESSAGES = 4096
 RequestName = Annotated[str, Field(max_length=256)]
-
-
-def _known_fields(schema: dict[str, Any]) -> None:
-    """Tell the schema what :meth:`Body.refuse_unknown` accepts."""
-    schema["additionalProperties"] = False
-    schema["properties"] = {name: {} for name in sorted(HARMLESS)} | schema["properties"]
-
-
-class Body(BaseModel):
-    model_config = ConfigDict(
-        strict=True, extra="allow", allow_inf_nan=False, protected_namespaces=(), json_schema_extra=_known_fields
-    )
-
-    def refuse_unknown(self) -> None:
-        """Raise :class:`InvalidRequest` for a field that would be ignored although it asks for something."""
-        for name, value in (self.model_extra or {}).items():
-            if (why := refusal(name, value)) is not None:
-                raise InvalidRequest(f"{name} cannot be served: {why}.")
-            if name in HARMLESS or name in REFUSED:
-                continue
-            close = get_close_matches(name, type(self).model_fields, n=1)
-            hint = f" Did you mean {close[0]}?" if close else ""
-            raise InvalidRequest(f"{name[:64]} is not a known field.{hint}")
 
 
 class Sampling(Body):
@@ -136,42 +111,12 @@ class CompletionRequest(OpenAI):
         )
 
 
-class Message(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    role: str = Field(max_length=64)
-    content: str | list[dict[str, Any]] | None = None
-
-    def plain(self) -> dict[str, Any]:
-        """The message with its text parts joined. Raises :class:`InvalidRequest` for anything that is not text."""
-        values = self.model_dump(exclude_none=True)
-        if isinstance(self.content, list):
-            for part in self.content:
-                if part.get("type") != "text" or not isinstance(part.get("text"), str):
-                    raise InvalidRequest(
-                        f"messages: content of type {part.get('type')!r:.64} cannot be served: text only, no URL is fetched."
-                    )
-            values["content"] = "".join(part["text"] for part in self.content)
-        return with_parsed_arguments(values)
-
-
-class ChatRequest(OpenAI):
+class ChatRequest(Conversation, OpenAI):
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, bool | int | float | str | None] | None = Field(None, max_length=16)
-    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
-    tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
     separate_reasoning: bool | None = None
-
-    @property
-    def tool_use(self) -> ToolUse:
-        """Raises :class:`InvalidRequest`."""
-        return ToolUse.of(self.tools, self.tool_choice, self.parallel_tool_calls is not False)
 
     def form(self) -> dict[str, Any] | None:
         return one_form(super().form() or {}, self.tool_use.form() or {})
@@ -233,11 +178,27 @@ class GenerateRequest(Body):
         )
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(Conversation):
+    """A text, or a conversation, which a chat template makes one."""
+
     prompt: str | None = None
     text: str | None = None
-    add_special_tokens: bool = True
-    model: str | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+    model: str | None = Field(None, max_length=1024)
+
+    def plain(self) -> str | None:
+        """The text; ``None`` if it is a conversation. Raises :class:`InvalidRequest`."""
+        self.refuse_unknown()
+        given = [name for name in ("prompt", "text", "messages") if getattr(self, name) not in (None, [])]
+        if len(given) != 1:
+            raise InvalidRequest(f"one of prompt, text and messages is needed, not {' and '.join(given) or 'none'}.")
+        if self.messages and self.add_special_tokens:
+            raise InvalidRequest("add_special_tokens cannot be served with messages: the chat template writes them.")
+        for name in Conversation.model_fields:
+            if not self.messages and getattr(self, name):
+                raise InvalidRequest(f"{name} needs messages.")
+        return None if self.messages else getattr(self, given[0])
 
 
 class DetokenizeRequest(Body):

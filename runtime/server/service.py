@@ -23,6 +23,7 @@ from runtime.engine import Engine
 from runtime.errors import EngineDead, Error, InvalidRequest
 from runtime.grammar import Matcher
 from runtime.request import Delta, SamplingParams
+from runtime.server.conversation import Conversation
 from runtime.server.errors import ModelNotFound, NotReady, describe, error_body
 from runtime.server.metrics import Metrics
 from runtime.server.options import ServerOptions
@@ -146,14 +147,15 @@ class Service:
             self._reply_format = await self._on(self._slow, lambda: ReplyFormat.of_model(tokenizer, model_type))
         return self._reply_format
 
-    async def render(self, messages: Sequence[dict[str, Any]], **options: Any) -> str:
-        """The prompt of a conversation. Raises :class:`InvalidRequest`."""
-        tokenizer = self.tokenizer
+    async def converse(self, asked: Conversation) -> tuple[str, list[int]]:
+        """The prompt of a conversation, as text and as token ids. Raises :class:`InvalidRequest`."""
+        tokenizer, rendering = self.tokenizer, asked.rendering()
         try:
             async with asyncio.timeout(RENDER_SECONDS + 1):
-                return await self._on(self._slow, lambda: render(tokenizer, self.template, messages, **options))
+                text = await self._on(self._slow, lambda: render(tokenizer, self.template, **rendering))
         except TimeoutError:
             raise InvalidRequest("the chat template did not end in time with these messages.") from None
+        return text, await self.encode(text, special=False)
 
     async def compile(self, params: SamplingParams) -> Matcher | None:
         """The grammar of a request. Raises :class:`InvalidRequest`."""
@@ -224,26 +226,27 @@ class Service:
 
     @staticmethod
     async def _lines(stream: Stream, chunk: Callable[[int, Delta], list[Any]], last: Callable[[], list[Any]]) -> Any:
+        """What is there at one time is sent at once, the end with the last piece."""
+        lines: list[bytes] = []
         try:
-            while True:
+            while not stream.ended:
                 try:
                     async with asyncio.timeout(PING_SECONDS):
                         pieces = await stream.read()
                 except TimeoutError:
-                    yield ": waiting\n\n"
+                    yield b": waiting\n\n"
                     continue
-                if not pieces:
-                    break
                 for place, delta in pieces:
                     if failure := failure_of(delta):
                         raise failure
-                    for data in chunk(place, delta):
-                        yield event(data)
-            for data in last():
-                yield event(data)
-            yield "data: [DONE]\n\n"
+                    lines += map(event, chunk(place, delta))
+                if lines and not stream.ended:
+                    yield b"".join(lines)
+                    lines = []
+            lines += [*map(event, last()), b"data: [DONE]\n\n"]
         except Error as error:
-            yield event(error_body(*describe(error)))
+            lines.append(event(error_body(*describe(error))))
+        yield b"".join(lines)
 
 
 class _Events(StreamingResponse):

@@ -47,16 +47,25 @@ def render(
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
     tools: Sequence[Mapping[str, Any]] = (),
+    reasoning_effort: str | None = None,
     options: Mapping[str, Any] | None = None,
     seconds: float = RENDER_SECONDS,
 ) -> str:
-    """The prompt for a conversation. Raises :class:`InvalidRequest`. Call it on a thread of its own."""
+    """The prompt for a conversation. ``options`` are variables of the template, and so is ``reasoning_effort``, which they
+    overrule. Raises :class:`InvalidRequest`. Call it on a thread of its own."""
     if template is None and not getattr(tokenizer, "chat_template", None):
         raise InvalidRequest(
             "this model has no chat template: use /v1/completions, or start the server with --chat-template."
         )
-    if tools and "tools" not in str(template or tokenizer.chat_template):
+    written = str(template or tokenizer.chat_template)
+    if tools and "tools" not in written:
         raise InvalidRequest("tools cannot be served: the chat template of this model has no place for them.")
+    if reasoning_effort is not None and "reasoning_effort" not in written:
+        raise InvalidRequest(
+            "reasoning_effort cannot be served: the chat template of this model does not know it. Pass what it knows, as "
+            "enable_thinking, in chat_template_kwargs."
+        )
+    effort = {} if reasoning_effort is None else {"reasoning_effort": reasoning_effort}
     for name in options or {}:
         if name in RESERVED or not name.isidentifier():
             raise InvalidRequest(f"chat_template_kwargs: {name[:64]!r} is not for templates.")
@@ -71,7 +80,7 @@ def render(
                     continue_final_message=continue_final_message,
                     tools=list(tools) or None,
                     tokenize=False,
-                    **(options or {}),
+                    **effort | dict(options or {}),
                 )
             )
     except TooSlow as error:

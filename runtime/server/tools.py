@@ -69,7 +69,8 @@ class ToolUse:
         return cls(given, name, parallel)
 
     def form(self) -> dict[str, Any] | None:
-        """What a demanded call has to conform to: the arguments of a named function, or a list of calls."""
+        """What a demanded call has to conform to: the arguments of a named function, or a list of calls. Raises
+        :class:`InvalidRequest`."""
         if self.forced is None:
             return None
         if self.forced:
@@ -79,11 +80,14 @@ class ToolUse:
         calls = [
             {
                 "type": "object",
-                "properties": {"name": {"const": _name(tool)}, "arguments": self._parameters(tool)},
+                "properties": {
+                    "name": {"const": _name(tool)},
+                    "arguments": _moved(self._parameters(tool), f"/items/anyOf/{place}/properties/arguments"),
+                },
                 "required": ["name", "arguments"],
                 "additionalProperties": False,
             }
-            for tool in self.tools
+            for place, tool in enumerate(self.tools)
         ]
         most = {} if self.parallel else {"maxItems": 1}
         return {"json": {"type": "array", "minItems": 1, **most, "items": {"anyOf": calls}, **COMPACT}}
@@ -91,6 +95,26 @@ class ToolUse:
     @staticmethod
     def _parameters(tool: Mapping[str, Any]) -> Mapping[str, Any]:
         return tool["function"].get("parameters", NO_PARAMETERS) or ANY_PARAMETERS
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """A schema as a part of another: its references to ``#/$defs/...`` lead to where it is now. Raises
+    :class:`InvalidRequest`."""
+
+    def moved(part: Any) -> Any:
+        if isinstance(part, Mapping):
+            return {key: refer(value) if key == "$ref" else moved(value) for key, value in part.items()}
+        return [moved(item) for item in part] if isinstance(part, list) else part
+
+    def refer(target: Any) -> Any:
+        if isinstance(target, str) and (target == "#" or target.startswith("#/")):
+            return f"#{place}{target[1:]}"
+        return moved(target)  # the schema of a property of that name
+
+    try:
+        return moved(schema)
+    except RecursionError:
+        raise InvalidRequest("tools: parameters are nested too deeply.") from None
 
 
 def with_parsed_arguments(message: dict[str, Any]) -> dict[str, Any]:

@@ -57,6 +57,14 @@ def test_arguments_of_the_tokenizer_are_not_for_requests(tokenizer: Any, name: s
         render(tokenizer, "x", MESSAGES, options={name: True})
 
 
+def test_an_effort_is_for_templates_that_know_it(tokenizer: Any) -> None:
+    template = "{{ reasoning_effort or 'none' }}"
+    assert render(tokenizer, template, MESSAGES) == "none"
+    assert render(tokenizer, template, MESSAGES, reasoning_effort="low") == "low"
+    with pytest.raises(InvalidRequest, match=r"reasoning_effort cannot be served: .* does not know it"):
+        render(tokenizer, "x", MESSAGES, reasoning_effort="low")
+
+
 def test_a_model_without_a_template_says_so(tokenizer: Any) -> None:
     with pytest.raises(InvalidRequest, match="no chat template"):
         render(tokenizer, None, MESSAGES)

@@ -7,10 +7,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
+import httpx
 import openai
 import pytest
+from pydantic import BaseModel, Field
 
 from runtime.checkpoint import locate
 from runtime.errors import InvalidRequest, LoadError
@@ -33,7 +35,8 @@ WEATHER = {
 }
 CLOCK = {"type": "function", "function": {"name": "clock"}}
 TOOLS = [WEATHER, CLOCK]
-TEMPLATE = """{% macro city(arguments) %}
+TEMPLATE = """{% if reasoning_effort %}effort {{ reasoning_effort }}
+{% endif %}{% macro city(arguments) %}
 {% if arguments is string %}{{ raise_exception("text") }}{% endif %}{{ arguments.city }}
 {% endmacro %}{% for tool in tools or [] %}tool {{ tool.function.name }}
 {% endfor %}{% for message in messages %}{{ message.role }}: {{ message.content }}
@@ -234,6 +237,32 @@ def test_a_required_call_is_one_of_the_tools(client: openai.OpenAI) -> None:
     assert streamed(client, **options) == (content, made, reason)
 
 
+def test_references_within_the_parameters_of_a_tool(client: openai.OpenAI) -> None:
+    """As pydantic writes the schema of a model with another one in it, or of one that holds itself."""
+
+    class Place(BaseModel):
+        city: Literal["Rome", "Oslo"]
+        near: list[Place] = Field(max_length=1)
+
+    class Trip(BaseModel):
+        place: Place
+
+    Place.model_rebuild(_types_namespace={"Place": Place})
+    tools = [openai.pydantic_function_tool(kind) for kind in (Trip, Place)]
+    words = json.loads((Path(locate("demo")) / "tokenizer.json").read_text())["model"]["vocab"]
+    ends = {str(token): 100 for word, token in words.items() if "]" in word}  # or places would be near places for ever
+    for choice in ("required", {"type": "function", "function": {"name": "Trip"}}):
+        _, made, reason = unstreamed(client, tools=tools, tool_choice=choice, logit_bias=ends)
+        assert (len(made) >= 1, reason) == (True, "tool_calls")
+        for name, arguments in made:
+            {"Trip": Trip, "Place": Place}[name].model_validate(arguments)
+    deep: dict[str, Any] = {}
+    for _ in range(400):
+        deep = {"not": deep}
+    with pytest.raises(openai.BadRequestError, match=r"^.*(nested too deeply|does not compile)"):
+        ask(client, tools=[{"type": "function", "function": {"name": "f", "parameters": deep}}], tool_choice="required")
+
+
 def test_a_call_of_the_models_own_is_read(client: openai.OpenAI) -> None:
     written = r'So:<tool_call>\{"name": "weather", "arguments": \{"city": "Oslo", "days": [1-9]\}\}</tool_call>'
     options = {"extra_body": {"regex": written}}
@@ -253,6 +282,50 @@ def test_the_template_gets_the_tools_that_may_be_called(client: openai.OpenAI) -
         for options in ({}, {"tool_choice": "none"}, {"tools": openai.NOT_GIVEN})
     )
     assert auto > none == without
+
+
+MESSAGES = [{"role": "user", "content": "Rome?"}]
+
+
+@pytest.mark.parametrize(
+    "conversation",
+    [
+        {"messages": MESSAGES},
+        {"messages": MESSAGES, "tools": TOOLS},
+        {"messages": MESSAGES, "reasoning_effort": "high"},
+        {"messages": MESSAGES, "reasoning_effort": "low", "chat_template_kwargs": {"reasoning_effort": "very high"}},
+        {"messages": [*MESSAGES, {"role": "assistant", "content": "Yes"}], "continue_final_message": True},
+    ],
+)
+def test_a_conversation_has_the_tokens_that_tokenize_says(client: openai.OpenAI, conversation: dict[str, Any]) -> None:
+    url = str(client.base_url).removesuffix("v1/")
+    body = {"model": "demo", **conversation, "return_token_strs": True}
+    counted = httpx.post(f"{url}tokenize", json=body, timeout=30).json()
+    text = httpx.post(f"{url}detokenize", json={"tokens": counted["tokens"]}, timeout=30).json()["text"]
+    assert text == "".join(counted["token_strs"])
+    effort = {"effort high", "effort low", "effort very high"} & set(text.split("\n"))
+    wanted = conversation.get("chat_template_kwargs", conversation).get("reasoning_effort")
+    assert effort == ({f"effort {wanted}"} if wanted else set())
+    assert ("tool weather" in text) == ("tools" in conversation)
+    done = httpx.post(f"{url}v1/chat/completions", json={**conversation, "max_tokens": 1}, timeout=30).json()
+    assert counted["count"] == len(counted["tokens"]) == done["usage"]["prompt_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({}, "one of prompt, text and messages is needed, not none"),
+        ({"messages": []}, "not none"),
+        ({"prompt": "x", "messages": MESSAGES}, "not prompt and messages"),
+        ({"prompt": "x", "tools": TOOLS}, "tools needs messages"),
+        ({"messages": MESSAGES, "add_special_tokens": True}, "add_special_tokens cannot be served"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "no URL is fetched"),
+    ],
+)
+def test_what_cannot_be_tokenized(client: openai.OpenAI, body: dict[str, Any], message: str) -> None:
+    refused = httpx.post(f"{str(client.base_url).removesuffix('v1/')}tokenize", json=body, timeout=30)
+    assert refused.status_code == 400
+    assert message in refused.json()["error"]["message"]
 
 
 def test_results_go_back_to_the_model(client: openai.OpenAI) -> None:
