@@ -7,6 +7,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -218,6 +219,7 @@ class TextWriter(Writer):
     def __init__(self, service: Service, body: OpenAI, params: SamplingParams, prompts: Sequence[list[int]]):
         super().__init__(service, body, params, prompts)
         self._offsets: dict[int, int] = {}
+        self._scored: dict[int, list[TokenLogprob]] = {}
 
     def _finished(self, place: int, delta: Delta) -> dict[str, Any]:
         text = (self._echo(place) if self.body.echo else "") + delta.text
@@ -248,20 +250,33 @@ class TextWriter(Writer):
         rows: list[TokenLogprob | None] = list(delta.logprobs)
         tokens = [row.token_id for row in delta.logprobs]
         if self.body.echo:
-            rows = [None, *delta.prompt_logprobs, *rows]
+            # The samples of a prompt share it: it is scored with the first of them.
+            rows = [None, *self._scored.setdefault(place, delta.prompt_logprobs), *rows]
             tokens = [*self.prompts[place], *tokens]
         names = [self._tokens.name(token) for token in tokens]
         index = self._index(place, delta)
-        offsets = []
-        for name in names:
-            offsets.append(self._offsets.get(index, 0))
-            self._offsets[index] = offsets[-1] + len(name)
+        end = self._offsets.get(index, -self._unseen(place))
+        ends = list(accumulate(map(len, names), initial=end))
+        self._offsets[index] = ends.pop()
+        offsets = [max(0, offset) for offset in ends]
         return {
             "tokens": names,
             "token_logprobs": [row and row.logprob for row in rows],
             "top_logprobs": [row and self._best(row) for row in rows],
             "text_offset": offsets,
         }
+
+    def _unseen(self, place: int) -> int:
+        """Characters in the names of tokens before an echoed text, which the tokenizer put there."""
+        if not self.body.echo:
+            return 0
+        text, unseen = self._echo(place), 0
+        for token in self.prompts[place]:
+            name = self._tokens.name(token)
+            if token not in self._tokenizer.all_special_ids or text.startswith(name):
+                break
+            unseen += len(name)
+        return unseen
 
     def _best(self, row: TokenLogprob) -> dict[str, float]:
         """The best tokens and the one that stands there, which clients look up."""

@@ -76,5 +76,5 @@ def describe(error: Exception) -> tuple[int, str, str | None, str | None]:
         return 500, "the request failed unexpectedly; the server's log has the cause.", None, None
     message = str(error)
     code = "model_not_found" if status == 404 else None
-    named = re.match(r"(\w+)(:| must| cannot| is not| needs)", message) if status == 400 else None
+    named = re.match(r"([A-Za-z_]\w*)(:| must| cannot| is| needs)", message) if status == 400 else None
     return status, message, code, named[1] if named else ("model" if status == 404 else None)

@@ -59,6 +59,7 @@ class NativeWriter:
         self._ids = self._names(body.rid)
         self._begun = time.monotonic()
         self._sofar: dict[tuple[int, int], Delta] = {}
+        self._scored: dict[int, list[TokenLogprob]] = {}
 
     def _names(self, given: str | list[str] | None) -> list[str]:
         """A name for each sample. Raises :class:`InvalidRequest`."""
@@ -102,8 +103,11 @@ class NativeWriter:
         top: list[Any] = []
         if self._params.prompt_logprobs is not None and 0 <= start < len(prompt):
             first = [(None, prompt[0], self._word(prompt[0]))]
-            known = (first + [self._entry(row) for row in delta.prompt_logprobs])[start:]
-            top = ([None] + [self._top(row) for row in delta.prompt_logprobs])[start:]
+            if delta.index == 0:  # the samples of a prompt share it: it is scored with the first of them
+                self._scored[place] = delta.prompt_logprobs
+            scored = self._scored.get(place, [])
+            known = (first + [self._entry(row) for row in scored])[start:]
+            top = ([None] + [self._top(row) for row in scored])[start:]
         return {
             "input_token_logprobs": known,
             "output_token_logprobs": [self._entry(row) for row in delta.logprobs],

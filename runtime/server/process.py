@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
+import gc
 import logging
 import os
 import re
@@ -129,6 +130,9 @@ class _Process:
             logger.warning("the checkpoint's own Python code runs in this process (--trust-remote-code)%s", advice)
         if not self.options.loopback and not (self.options.api_key or self.options.api_key_file):
             logger.warning("anybody who reaches %s can use this server: set --api-key", self.options.host)
+        # The model and the libraries stay. Looking through their objects again would hold every answer up, for 0.1 s and more.
+        gc.collect()
+        gc.freeze()
         logger.info("ready: %s", self._address())
 
     def _address(self) -> str:

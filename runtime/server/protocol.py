@@ -5,6 +5,7 @@ Types are checked here, values by :class:`SamplingParams`, which says what is po
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -245,7 +246,7 @@ def _response_format(value: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _bias(values: Mapping[str, float]) -> dict[int, float]:
-    try:
-        return {int(token): max(-100.0, min(100.0, value)) for token, value in values.items()}
-    except ValueError as error:
-        raise InvalidRequest(f"logit_bias has token ids as keys: {error}") from error
+    for token in values:
+        if re.fullmatch(r"[0-9]{1,18}", token) is None:  # int() knows more: signs, underscores, digits of other scripts
+            raise InvalidRequest(f"logit_bias: keys are token ids, not {token[:64]!r}.")
+    return {int(token): max(-100.0, min(100.0, value)) for token, value in values.items()}

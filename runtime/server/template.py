@@ -18,8 +18,9 @@ from runtime.errors import InvalidRequest, LoadError
 RENDER_SECONDS = 5.0
 RESERVED = frozenset(
     {
-        "conversation", "messages", "tools", "documents", "chat_template", "tokenize", "padding", "truncation",
-        "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+        "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt",
+        "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+        "return_assistant_tokens_mask", "tokenizer_kwargs",
     }
 )  # fmt: skip
 """Arguments of ``apply_chat_template`` that are not the template's."""

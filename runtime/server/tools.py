@@ -56,7 +56,7 @@ class ToolUse:
             raise InvalidRequest(f"tools: a name is given twice among {', '.join(sorted(names))}.")
         if not tools:
             if choice not in (None, "none", "auto"):
-                raise InvalidRequest(f"tool_choice {str(choice)[:64]!r} needs tools, and none are given.")
+                raise InvalidRequest(f"tool_choice: {str(choice)[:64]!r} needs tools, and none are given.")
             return cls()
         given = tuple(tool.model_dump(exclude_none=True) for tool in tools)
         if choice in (None, "auto", "required"):
@@ -65,7 +65,7 @@ class ToolUse:
             return cls()
         name = _named(choice)
         if name not in names:
-            raise InvalidRequest(f"tool_choice names {str(name)[:64]!r}; tools are {', '.join(names)}.")
+            raise InvalidRequest(f"tool_choice: {str(name)[:64]!r} is not among tools, which are {', '.join(names)}.")
         return cls(given, name, parallel)
 
     def form(self) -> dict[str, Any] | None:

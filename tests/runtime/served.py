@@ -30,8 +30,10 @@ START_SECONDS = 60.0
 PLAIN = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 """Given to every call over http: without one, each would read all certificates of this machine first, for 20 ms."""
 COUNT_TASKS = """
-import asyncio, os, signal
-signal.signal(signal.SIGUSR1, lambda *_: os.write(2, b"tasks: %d\\n" % len(asyncio.all_tasks())))
+import asyncio, gc, os, signal
+def count(*_):
+    os.write(2, b"frozen: %d\\ntasks: %d\\n" % (gc.get_freeze_count(), len(asyncio.all_tasks())))
+signal.signal(signal.SIGUSR1, count)
 """
 
 
@@ -105,6 +107,12 @@ class Served:
             assert time.monotonic() < end, "the event loop does not run"
             time.sleep(0.01)
         return int(re.findall(r"^tasks: (\d+)$", self.log, re.MULTILINE)[-1])
+
+    @property
+    def frozen(self) -> int:
+        """Objects that the garbage collector no longer looks at."""
+        assert self.tasks
+        return int(re.findall(r"^frozen: (\d+)$", self.log, re.MULTILINE)[-1])
 
     def stop(self, number: int = signal.SIGTERM, seconds: float = 20.0) -> int:
         """Send a signal and wait; the exit status."""

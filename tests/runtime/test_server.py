@@ -144,6 +144,29 @@ def test_echo_scores_the_prompt_as_lm_eval_wants(client: openai.OpenAI, llm: LLM
         assert name in best, "lm-eval looks the token up to see whether it was the likeliest"
 
 
+def test_every_sample_has_the_scores_of_its_prompt(server: Served, client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {"model": "demo", "logprobs": 1, "max_tokens": 3, "temperature": 1.5, "seed": 2, "n": 2}
+    choices = client.completions.create(prompt=PROMPTS[:2], echo=True, **options).choices
+    for place, choice in enumerate(choices):
+        found = choice.logprobs
+        assert found is not None
+        lists = (found.tokens, found.token_logprobs, found.top_logprobs, found.text_offset)
+        tokens, scores, _, offsets = (each or [] for each in lists)
+        assert len({len(each or []) for each in lists}) == 1
+        assert [choice.text[at:].startswith(str(token)) for at, token in zip(offsets, tokens, strict=True)][1:] == [
+            True
+        ] * (len(tokens) - 1)
+        first = choices[place // 2 * 2].logprobs
+        assert first is not None
+        assert scores[:-3] == (first.token_logprobs or [])[:-3]
+    sampling = {"n": 2, "max_new_tokens": 3, "temperature": 1.5}
+    body = {"text": PROMPTS[:2], "sampling_params": sampling, "return_logprob": True, "logprob_start_len": 0}
+    rows = [row["meta_info"] for row in server.post("/generate", body).json()]
+    for row, shared in zip(rows, (rows[0], rows[0], rows[2], rows[2]), strict=True):
+        assert len(row["input_token_logprobs"]) == row["prompt_tokens"] == len(row["input_top_logprobs"])
+        assert row["input_token_logprobs"] == shared["input_token_logprobs"]
+
+
 def test_generate_as_sglang_streams_it(server: Served, llm: LLM) -> None:
     body = {"text": PROMPTS[0], "sampling_params": {"max_new_tokens": 10, "temperature": 0}, "return_logprob": True}
     whole = server.post("/generate", body).json()
@@ -268,6 +291,7 @@ def test_the_small_routes(server: Served, llm: LLM) -> None:
             assert f"# TYPE relinear:{name} {kind}\n" in exposed
     assert 'relinear:quantized_modules{bits="4",method="awq",model_name="demo"} 56.0' in exposed
     assert "sampling defaults" in server.log
+    assert server.frozen > 100_000, "the libraries' objects"
 
 
 @pytest.mark.parametrize("backend", ["sglang", "vllm"])

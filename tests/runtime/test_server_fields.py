@@ -10,6 +10,7 @@ from openai.types.completion_create_params import CompletionCreateParamsBase as 
 
 from runtime.errors import InvalidRequest
 from runtime.request import SamplingParams
+from runtime.server.errors import describe
 from runtime.server.foreign_fields import AS_IT_IS, HARMLESS, REFUSED
 from runtime.server.protocol import ChatRequest, CompletionRequest, GenerateRequest, NativeSampling, OpenAI
 
@@ -86,6 +87,26 @@ def test_sglangs_spellings() -> None:
     assert params.include_stop_str_in_output
     salted = GenerateRequest.model_validate({"text": "x", "cache_salt": "s"}).params({})
     assert (salted.cache_salt, salted.max_tokens) == ("s", 128)
+
+
+@pytest.mark.parametrize("token", ["a", "-1", "1_0", "\u0663", "9" * 5000, ""])
+def test_a_bias_is_for_token_ids(token: str) -> None:
+    with pytest.raises(InvalidRequest, match="logit_bias: keys are token ids"):
+        CompletionRequest.model_validate({**TEXT, "logit_bias": {token: 1}}).params({})
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ("logit_bias: keys are token ids, not 'a'.", "logit_bias"),
+        ("prompt is empty.", "prompt"),
+        ("max_tokens must be 0 or more, not -1", "max_tokens"),
+        ("99999 is not a token id of this model (0 to 4095).", None),
+        ("the prompt is empty: it has no token.", None),
+    ],
+)
+def test_an_error_names_its_field(message: str, param: str | None) -> None:
+    assert describe(InvalidRequest(message)) == (400, message, None, param)
 
 
 def test_what_asks_for_nothing_is_no_mistake() -> None:

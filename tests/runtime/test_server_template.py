@@ -51,7 +51,9 @@ def test_what_a_template_may_not_do_is_that_requests_fault(tokenizer: Any, templ
         render(tokenizer, template, MESSAGES)
 
 
-@pytest.mark.parametrize("name", ["chat_template", "tokenize", "tools", "return_dict", "not an identifier"])
+@pytest.mark.parametrize(
+    "name", ["chat_template", "tokenize", "tools", "return_dict", "add_generation_prompt", "not an identifier"]
+)
 def test_arguments_of_the_tokenizer_are_not_for_requests(tokenizer: Any, name: str) -> None:
     with pytest.raises(InvalidRequest, match="is not for templates"):
         render(tokenizer, "x", MESSAGES, options={name: True})

@@ -152,7 +152,7 @@ def test_parsers_that_are_not_known_end_the_start() -> None:
     [
         (None, "required", "needs tools"),
         (TOOLS, "always", "tool_choice must be"),
-        (TOOLS, {"type": "function", "function": {"name": "sun"}}, "tools are weather, clock"),
+        (TOOLS, {"type": "function", "function": {"name": "sun"}}, "not among tools, which are weather, clock"),
         ([CLOCK, CLOCK], None, "given twice"),
     ],
 )
