@@ -38,9 +38,9 @@ class SamplingParams:
     """How to continue a prompt. Validates itself; names are vLLM's.
 
     ``temperature`` 0 is greedy. ``top_k`` 0 or -1, ``top_p`` 1 and ``min_p`` 0 switch that filter off. ``seed`` makes the
-    random numbers of this request independent of what else is being generated. Before ``min_tokens`` an end token does not
-    end the answer. ``max_tokens=None`` goes to the end of the
-    context; 0 only scores the prompt (with ``prompt_logprobs``). ``logprobs=k`` reports the ``k`` most likely tokens and
+    random numbers of this request independent of what else is being generated. Before ``min_tokens`` no end token is
+    chosen, nor does a stop string end the answer. ``max_tokens=None`` goes to the end of the context; 0 only scores the
+    prompt (with ``prompt_logprobs``). ``logprobs=k`` reports the ``k`` most likely tokens and
     the chosen one, of the *model's* distribution, before penalties, temperature and filters.
 
     ``repetition_penalty`` divides (positive) or multiplies (negative) the logits of tokens that stand in prompt or answer;
@@ -227,7 +227,13 @@ class Request:
     def takes_likeliest(self) -> bool:
         """Whether its next token is simply the likeliest, and nothing more is asked about it."""
         params = self.params
-        return params.greedy and not params.biased and params.logprobs is None and self.matcher is None
+        plain = params.greedy and not params.biased and params.logprobs is None
+        return plain and self.matcher is None and not self.must_go_on
+
+    @property
+    def must_go_on(self) -> bool:
+        """Whether its next token may be no end token, ``min_tokens`` not being there. A grammar knows its own end."""
+        return len(self.output) < self.params.min_tokens and self.matcher is None
 
     def append(self, token: int) -> FinishReason | None:
         """Add a sampled token; the reason if it ends the request."""

@@ -38,8 +38,8 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> list[int]:
 
 
 def penalized(logits: Tensor, requests: Sequence[Request]) -> Tensor:
-    """Logits with every request's bias and penalties; a copy if there are any."""
-    rows = [row for row, request in enumerate(requests) if request.params.biased]
+    """Logits with every request's bias and penalties, and end tokens only where it may end; a copy if that changes any."""
+    rows = [row for row, request in enumerate(requests) if request.params.biased or request.must_go_on]
     if not rows:
         return logits
     logits = logits.clone()
@@ -56,6 +56,8 @@ def penalized(logits: Tensor, requests: Sequence[Request]) -> Tensor:
         if request.output and (params.presence_penalty or params.frequency_penalty):
             tokens, counts = torch.tensor(request.output, device=logits.device).unique(return_counts=True)
             scores[tokens] -= params.presence_penalty + params.frequency_penalty * counts
+        if request.must_go_on:
+            scores[[token for token in request.end_tokens if token < len(scores)]] = -torch.inf
     return logits
 
 

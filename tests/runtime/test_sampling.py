@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import (
     LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
@@ -155,3 +156,20 @@ def test_bias_and_penalties_are_those_of_transformers_in_a_mixed_batch() -> None
     expected[3] = RepetitionPenaltyLogitsProcessor(0.5)(ids, logits[3:4].clone())[0]
     torch.testing.assert_close(ours, expected)
     assert torch.equal(logits, before), "log-probabilities are of the model's own logits"
+
+
+def test_no_end_token_before_the_least_number_of_tokens_as_in_transformers() -> None:
+    ends, prompt = [3, 7], [1, 2]
+    logits = torch.randn(1, 20)
+    logits[0, ends] = 50.0
+    for output in ([], [5], [5, 6], [5, 6, 8]):
+        params = SamplingParams(min_tokens=2, temperature=0)
+        request = Request(0, 0, prompt, params, 8, random.Random(0), frozenset({*ends, 10**6}), output=output)
+        oracle = MinNewTokensLengthLogitsProcessor(len(prompt), 2, ends, device="cpu")
+        expected = oracle(torch.tensor([prompt + output]), logits.clone())
+        assert torch.equal(penalized(logits, [request]), expected)
+        assert (sample(expected, [request])[0] in ends) == request.takes_likeliest == (len(output) >= 2)
+    for temperature in (0.0, 1.0):  # where every token is an end, one is taken all the same
+        params = SamplingParams(min_tokens=2, temperature=temperature)
+        request = Request(0, 0, prompt, params, 8, random.Random(0), frozenset(range(20)))
+        assert 0 <= sample(penalized(logits, [request]), [request])[0] < 20

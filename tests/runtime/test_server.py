@@ -144,6 +144,17 @@ def test_echo_scores_the_prompt_as_lm_eval_wants(client: openai.OpenAI, llm: LLM
         assert name in best, "lm-eval looks the token up to see whether it was the likeliest"
 
 
+def test_no_answer_ends_before_min_tokens(server: Served, llm: LLM) -> None:
+    end, newline = llm.get_tokenizer().eos_token_id, llm.engine.encode("\n")[-1]
+    biased = {"logit_bias": {str(end): 100, str(newline): 99}, "stop_token_ids": [newline]}
+    body = {
+        "input_ids": [5, 6],
+        "sampling_params": {"min_new_tokens": 3, "max_new_tokens": 9, "temperature": 0, **biased},
+    }
+    ids = server.post("/generate", body).json()["output_ids"]
+    assert [token in (end, newline) for token in ids] == [False, False, False, True]
+
+
 def test_every_sample_has_the_scores_of_its_prompt(server: Served, client: openai.OpenAI) -> None:
     options: dict[str, Any] = {"model": "demo", "logprobs": 1, "max_tokens": 3, "temperature": 1.5, "seed": 2, "n": 2}
     choices = client.completions.create(prompt=PROMPTS[:2], echo=True, **options).choices
