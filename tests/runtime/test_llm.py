@@ -159,7 +159,8 @@ def test_the_end_token_ends_unless_it_is_ignored_or_too_early(llm: LLM) -> None:
     for options in ({"ignore_eos": True}, {"min_tokens": length + 3}):
         params = SamplingParams(temperature=0, max_tokens=length + 5, **options)
         longer = llm.generate(prompt or "", params)[0].outputs[0]
-        assert longer.token_ids[:length] == ended.token_ids
+        assert longer.token_ids[: length - 1] == ended.token_ids[:-1]
+        assert (longer.token_ids[length - 1] == tokenizer.eos_token_id) == params.ignore_eos
         assert len(longer.token_ids) >= length + 3
 
 
