@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 from quant.kernels import cpu
+from quant.refused import REFUSED
 from runtime.checkpoint import Checkpoint
 from runtime.plan import make_plan
 from tests.families import FAMILIES
 from tests.moe_writer import MODELS
+from tests.refusals import REFUSALS
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINTS = ROOT / "tests" / "checkpoints"
@@ -138,31 +140,43 @@ FLOAT_CASES = [
 
 CASES = INTEGER_CASES + FLOAT_CASES
 
-CUDA = "Triton, reference"
+EXECUTES, DEQUANTIZES, REFUSES = "executes", "dequantizes", "refused"
 
 
-def cpu_kernels(folder: Path) -> str:
-    """What multiplies the layers of a checkpoint on a CPU, where C can be compiled."""
+def on_cpu(folder: Path) -> str:
+    """Whether C multiplies by the codes of every layer of a checkpoint, where C can be compiled."""
     kernel, device = cpu.CpuKernel(), torch.device("cpu")
     fine = (None, cpu.SOURCE.refusal)
     layers = make_plan(Checkpoint.open(folder), device="cpu").quantized
     taken = [layer.scheme is not None and kernel.refuses(layer.scheme, layer.shape, device) in fine for layer in layers]
-    return "C kernel, reference" if all(taken) else "some layers C kernel, reference" if any(taken) else "reference"
+    return EXECUTES if all(taken) else f"{EXECUTES} some layers" if any(taken) else DEQUANTIZES
+
+
+def refusals() -> dict[str, list[str]]:
+    """What is refused, by family; last the formats of which nothing is read."""
+    found: dict[str, list[str]] = {}
+    for refusal in REFUSALS:
+        found.setdefault(refusal.family, []).append(refusal.what)
+    return found | {"others": [f"`{name}`" for name in REFUSED]}
 
 
 def table() -> str:
-    """The table as Markdown: one row a case."""
-    rows = ["| format | variant | verified against | CPU | CUDA |", "|---|---|---|---|---|"]
+    """The table as Markdown: a row a case, then a row for what each family refuses."""
+    rows = ["| format | variant | verified against | CPU | NVIDIA GPU | elsewhere |", "|---|---|---|---|---|---|"]
     for case in CASES:
         writer = f"{case.writer}, weights" if case.tolerance is None or case.logits else case.writer
-        rows.append(f"| {case.family} | {case.variant} | {writer} | {cpu_kernels(case.folder)} | {CUDA} |")
+        inputs = ", inputs too" if case.inputs else ""
+        states = [f"{state}{inputs}" for state in (on_cpu(case.folder), EXECUTES, DEQUANTIZES)]
+        rows.append(f"| {case.family} | {case.variant} | {writer} | {' | '.join(states)} |")
     families = ", ".join(family.title for family in FAMILIES.values())
     models = ", ".join(MODELS)
     for name, variant in ((f"experts, each by itself ({models})", families), ("experts, stacked (gpt_oss)", "mxfp4")):
         rows.append(
-            f"| {name} | {variant} | Transformers, dequantized weights | C kernel, reference | {CUDA}; not tested |"
+            f"| {name} | {variant} | Transformers, dequantized weights | {EXECUTES} | {EXECUTES}; not tested | {DEQUANTIZES} |"
         )
-    rows.append("| none | float32, bfloat16, float16 | Transformers | torch | torch |")
+    rows.append("| none | float32, bfloat16, float16 | Transformers | torch | torch | torch |")
+    for family, refused in refusals().items():
+        rows.append(f"| {family} | {', '.join(refused)} | by name | {' | '.join([REFUSES] * 3)} |")
     return "\n".join(rows)
 
 
