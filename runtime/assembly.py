@@ -76,7 +76,7 @@ def assemble(config: EngineConfig) -> Parts:
     token_bytes = KVCache.bytes_per_token(specs, storage.dtype, layout)
     state_bytes = bytes_per_sequence(mixers) * config.max_num_seqs
     vocabulary = int(cast(Any, loaded.model).get_input_embeddings().num_embeddings)
-    capture = choose_capture(config, plan.device, selection.backend, bool(mixers))
+    capture = choose_capture(config, plan.device, selection.backend, bool(mixers), bool(plan.scaled_together))
     captures = not isinstance(capture, str)
     on_device = captures and plan.device.type != "cpu"
     graph_bytes = reserved_bytes(batch_sizes(config.max_num_seqs), vocabulary) if on_device else 0

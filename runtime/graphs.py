@@ -107,9 +107,10 @@ def _waiting_is_an_error() -> Iterator[None]:
 
 
 def choose_capture(
-    config: EngineConfig, device: torch.device, backend: AttentionBackend, recurrent: bool
+    config: EngineConfig, device: torch.device, backend: AttentionBackend, recurrent: bool, scaled_together: bool
 ) -> Capture | str:
-    """What captures the decoding steps of a model, or why nothing does."""
+    """What captures the decoding steps of a model, or why nothing does. ``scaled_together``: :attr:`LoadPlan.scaled_together`
+    has layers."""
     if device.type not in ("cuda", "cpu"):
         return f"they need a CUDA device or a CPU, not {device.type}"
     if config.disable_cuda_graph:
@@ -118,6 +119,8 @@ def choose_capture(
         return "which states a recurrent layer reads is decided on the host"
     if device.type == "cpu":
         return StepRecorder() if config.native else "disabled by --no-native"
+    if scaled_together:  # on a CPU every size is recorded, and no row is left over
+        return "one scale for the inputs of all tokens would cover the rows that are left over"
     if not backend.capturable:
         return f"{backend.name} attention asks the device for lengths"
     return CudaCapture()

@@ -82,6 +82,11 @@ class LoadPlan:
         return [module for module in self.modules.values() if module.packed]
 
     @property
+    def scaled_together(self) -> int:
+        """Layers whose inputs have one scale for all tokens that are computed together."""
+        return _scaled_together(self.modules)
+
+    @property
     def on_load(self) -> bool:
         """The checkpoint is dense and quantized while it loads."""
         return isinstance(self.method, OnLoad)
@@ -227,9 +232,13 @@ def _other_bytes(model: nn.Module, modules: Mapping[str, ModulePlan], dtype: tor
     )
 
 
-def _remarks(modules: Mapping[str, ModulePlan]) -> tuple[str, ...]:
+def _scaled_together(modules: Mapping[str, ModulePlan]) -> int:
     schemes = [module.scheme for module in modules.values()]
-    count = sum(scheme is not None and scheme.activation is not None and scheme.activation.whole for scheme in schemes)
+    return sum(scheme is not None and scheme.activation is not None and scheme.activation.whole for scheme in schemes)
+
+
+def _remarks(modules: Mapping[str, ModulePlan]) -> tuple[str, ...]:
+    count = _scaled_together(modules)
     if not count:
         return ()
     return (

@@ -208,20 +208,30 @@ def test_batch_sizes_end_at_the_most_sequences(most: int, sizes: list[int]) -> N
 def test_when_nothing_is_captured() -> None:
     cuda, config = torch.device("cuda"), EngineConfig(model="x")
     paged = PagedBackend()
-    assert isinstance(choose_capture(config, cuda, paged, False), CudaCapture)
-    assert isinstance(choose_capture(config, CPU, CpuBackend(None), False), StepRecorder)
+    assert isinstance(choose_capture(config, cuda, paged, False, False), CudaCapture)
+    for scaled_together in (False, True):
+        assert isinstance(choose_capture(config, CPU, CpuBackend(None), False, scaled_together), StepRecorder)
     eager = EngineConfig(model="x", disable_cuda_graph=True)
     reasons = [
-        choose_capture(config, torch.device("mps"), paged, False),
-        choose_capture(eager, cuda, paged, False),
-        choose_capture(eager, CPU, CpuBackend(None), False),
-        choose_capture(EngineConfig(model="x", native=False), CPU, CpuBackend(None), False),
-        choose_capture(config, cuda, CpuBackend(None), False),
-        choose_capture(config, cuda, paged, True),
+        choose_capture(config, torch.device("mps"), paged, False, False),
+        choose_capture(eager, cuda, paged, False, False),
+        choose_capture(eager, CPU, CpuBackend(None), False, False),
+        choose_capture(EngineConfig(model="x", native=False), CPU, CpuBackend(None), False, False),
+        choose_capture(config, cuda, CpuBackend(None), False, False),
+        choose_capture(config, cuda, paged, True, False),
+        choose_capture(config, cuda, paged, False, True),
     ]
     for reason, word in zip(
         reasons,
-        ("not mps", "--disable-cuda-graph", "--disable-cuda-graph", "--no-native", "cpu attention", "recurrent"),
+        (
+            "not mps",
+            "--disable-cuda-graph",
+            "--disable-cuda-graph",
+            "--no-native",
+            "cpu attention",
+            "recurrent",
+            "left over",
+        ),
         strict=True,
     ):
         assert isinstance(reason, str)
