@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from quant.base import LinearShape, Scheme, WeightKind
-from quant.kernels.gpu import dequantize, device, hopper, multiply, tuned
+from quant.kernels.gpu import dequantize, device, hopper, multiply, share, tuned
 from quant.kernels.gpu.tuned import FINE, HOPPER, SAFE, SAFE_FINE, TABLES, WIDE, WIDE_SMALL, Config
 from quant.kernels.planar import block_columns, columns_of_group, planar
 from quant.kernels.wna16 import WIDTH, Wna16Kernel
@@ -225,10 +225,10 @@ def test_groups_cross_no_border() -> None:
 
 def test_splits_fill_the_device_and_no_more() -> None:
     config = Config(16, 64, 4, 4, False, 4)
-    assert multiply.splits_of(64, 16, config, 132) == 8
-    assert multiply.splits_of(64, 4, config, 132) == 4, "a block each"
-    assert multiply.splits_of(1000, 16, config, 132) == 1
-    assert multiply.splits_of(1 << 13, 1 << 20, config._replace(programs=1 << 10), 132) == 1, "more tiles than counters"
+    assert share.splits_of(64, 16, config, 132) == 8
+    assert share.splits_of(64, 4, config, 132) == 4, "a block each"
+    assert share.splits_of(1000, 16, config, 132) == 1
+    assert share.splits_of(1 << 13, 1 << 20, config._replace(programs=1 << 10), 132) == 1, "more tiles than counters"
 
 
 def test_every_number_of_rows_has_a_configuration() -> None:

@@ -13,7 +13,6 @@ way to shared memory meanwhile, the words of the next block to registers.
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -21,9 +20,9 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from quant.kernels.gpu.device import device_of, dot_type
-from quant.kernels.gpu.share import splits_of
+from quant.kernels.gpu.share import codes_of, grid_of
 from quant.kernels.gpu.tuned import Config, wide_config_for
-from quant.kernels.gpu.unpack import assembly_of, interpreting, name_of, offset_of, times
+from quant.kernels.gpu.unpack import interpreting, times
 from quant.kernels.planar import PlanarWeight
 
 PLANES = gl.constexpr(4)
@@ -208,22 +207,14 @@ def multiply_wide(x: Tensor, weight: PlanarWeight, bias: Tensor | None, config: 
     """``x [rows, in]``, float16 or bfloat16, in the order of the weight's columns."""
     rows, outputs = len(x), weight.shape.out_features
     device = device_of(x.device.index)
-    kind = weight.scheme.kind
     config = config or wide_config_for(rows, weight.columns * outputs)
     halves = 8 // weight.bits
     blocks = weight.q.shape[0]
-    tiles_m, tiles_n = triton.cdiv(rows, config.rows), triton.cdiv(outputs, config.outputs)
-    splits = splits_of(tiles_m * tiles_n, blocks, config, device.processors)
-    share = triton.cdiv(blocks, splits)
-    splits = triton.cdiv(blocks, share)
+    tiles_m, tiles_n, splits, share = grid_of(rows, outputs, blocks, config, device.processors)
     y = x.new_empty(rows, outputs)
     size = (splits, tiles_m * config.rows, tiles_n * config.outputs)
     parts = y if splits == 1 else x.new_empty(size, dtype=torch.float32)
-    name = name_of(kind)
-    assembly = assembly_of(name, x.dtype, weight.values, 4)
-    offset = offset_of(name, x.dtype, assembly)
-    if weight.zero is None and kind.is_integer:
-        offset += 2 ** (kind.bits - 1)
+    _, assembly, offset = codes_of(weight, x.dtype, PLANES.value)
     planes = x.view(rows, -1, weight.width).transpose(0, 1)
     layout = gl.NVMMASharedLayout(2 * weight.width, 16, 3)
     tile = TensorDescriptor.from_tensor(planes, [4, config.rows, weight.width], layout)

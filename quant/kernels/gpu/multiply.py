@@ -12,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from quant.kernels.gpu.device import device_of, dot_type
-from quant.kernels.gpu.share import add_parts, of_group, of_groups, splits_of
+from quant.kernels.gpu.share import add_parts, codes_of, grid_of, of_group, of_groups
 from quant.kernels.gpu.tuned import FINE_GROUP, Config, config_for
-from quant.kernels.gpu.unpack import assembly_of, name_of, offset_of, planes
+from quant.kernels.gpu.unpack import planes
 from quant.kernels.planar import PlanarWeight
 
 FEW = 16
@@ -166,17 +166,10 @@ def multiply(x: Tensor, weight: PlanarWeight, bias: Tensor | None, config: Confi
     fine = kind.is_integer and weight.grouped and weight.group < FINE_GROUP
     config = config or config_for(weight.bits, rows, device.capability, fine)
     blocks = weight.q.shape[0]
-    tiles_m, tiles_n = triton.cdiv(rows, config.rows), triton.cdiv(outputs, config.outputs)
-    splits = splits_of(tiles_m * tiles_n, blocks, config, device.processors)
-    share = triton.cdiv(blocks, splits)
-    splits = triton.cdiv(blocks, share)
+    tiles_m, tiles_n, splits, share = grid_of(rows, outputs, blocks, config, device.processors)
     y = x.new_empty(rows, outputs)
     parts = y if splits == 1 else x.new_empty(splits, rows, outputs, dtype=torch.float32)
-    name = name_of(kind)
-    assembly = assembly_of(name, x.dtype, weight.values, 32 // weight.bits)
-    offset = offset_of(name, x.dtype, assembly)
-    if weight.zero is None and kind.is_integer:
-        offset += 2 ** (kind.bits - 1)
+    name, assembly, offset = codes_of(weight, x.dtype, 32 // weight.bits)
     summed = config.rows > FEW and (offset != 0 or weight.zero is not None)
     sums = sums_of(x, weight) if summed else weight.scale
     multiply_kernel[(tiles_n, tiles_m, splits)](

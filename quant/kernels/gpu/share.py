@@ -6,11 +6,15 @@ second launch, no zeroed output, always the same sum.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
 from quant.kernels.gpu.tuned import Config
-from quant.kernels.planar import MOST_TILES
+from quant.kernels.gpu.unpack import assembly_of, name_of, offset_of
+from quant.kernels.planar import MOST_TILES, PlanarWeight
 
 
 @triton.jit
@@ -50,3 +54,36 @@ def splits_of(tiles: int, blocks: int, config: Config, processors: int) -> int:
     if tiles > MOST_TILES:
         return 1
     return max(1, min(config.programs * processors // tiles, blocks // config.blocks, 32))
+
+
+class Grid(NamedTuple):
+    """Programs of a product: tiles of the rows and of the outputs, and parts of the columns, of ``share`` blocks at most."""
+
+    tiles_m: int
+    tiles_n: int
+    splits: int
+    share: int
+
+
+def grid_of(rows: int, outputs: int, blocks: int, config: Config, processors: int) -> Grid:
+    tiles_m, tiles_n = triton.cdiv(rows, config.rows), triton.cdiv(outputs, config.outputs)
+    share = triton.cdiv(blocks, splits_of(tiles_m * tiles_n, blocks, config, processors))
+    return Grid(tiles_m, tiles_n, triton.cdiv(blocks, share), share)
+
+
+class Codes(NamedTuple):
+    """How codes become numbers: what the kernels call their kind, the assembly that unpacks them, and what is to be taken
+    from an unpacked number that has no zero point of its own."""
+
+    name: str
+    assembly: str
+    offset: int
+
+
+def codes_of(weight: PlanarWeight, dtype: torch.dtype, count: int) -> Codes:
+    """``count``: planes that are unpacked at a time."""
+    kind = weight.scheme.kind
+    name = name_of(kind)
+    assembly = assembly_of(name, dtype, weight.values, count)
+    middle = 2 ** (kind.bits - 1) if weight.zero is None and kind.is_integer else 0
+    return Codes(name, assembly, offset_of(name, dtype, assembly) + middle)
