@@ -208,6 +208,10 @@ class QuantMethod(ABC):
     executes_inputs_on: ClassVar[frozenset[str] | None] = None
     """Types of device on which the format's own library quantizes inputs; ``None``: on every one."""
 
+    def executes_inputs(self, device_type: str) -> bool:
+        """Whether inputs are quantized on such a device, where the file wants it and nobody says otherwise."""
+        return self.executes_inputs_on is None or device_type in self.executes_inputs_on
+
     @classmethod
     @abstractmethod
     def from_checkpoint(cls, config: Mapping[str, Any], headers: Mapping[str, TensorSpec]) -> Self | None:

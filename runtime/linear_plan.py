@@ -87,7 +87,7 @@ def plan_linears(
             "--activation-quantization rounds inputs and --weight-only leaves them alone; give one of them."
         )
     plans: dict[str, ModulePlan] = {}
-    executes = method is None or method.executes_inputs_on is None or device.type in method.executes_inputs_on
+    executes = method is None or method.executes_inputs(device.type)
     left_alone = not executes if weight_only is None else weight_only
     for name, module in model.named_modules():
         written, shape = headers.written.get(name, name), linear_shape(module)

@@ -6,14 +6,17 @@ the table in README.
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from quant.kernels import cpu
+from quant.kernels.wna16 import Wna16Kernel
 from quant.refused import REFUSED
 from runtime.checkpoint import Checkpoint
 from runtime.plan import make_plan
@@ -143,13 +146,21 @@ CASES = INTEGER_CASES + FLOAT_CASES
 EXECUTES, DEQUANTIZES, REFUSES = "executes", "dequantizes", "refused"
 
 
-def on_cpu(folder: Path) -> str:
-    """Whether C multiplies by the codes of every layer of a checkpoint, where C can be compiled."""
-    kernel, device = cpu.CpuKernel(), torch.device("cpu")
-    fine = (None, cpu.SOURCE.refusal)
-    layers = make_plan(Checkpoint.open(folder), device="cpu").quantized
-    taken = [layer.scheme is not None and kernel.refuses(layer.scheme, layer.shape, device) in fine for layer in layers]
-    return EXECUTES if all(taken) else f"{EXECUTES} some layers" if any(taken) else DEQUANTIZES
+def states(folder: Path) -> list[str]:
+    """What is done with the layers of a checkpoint on a CPU where C can be compiled, on an NVIDIA GPU, and elsewhere."""
+    plan = make_plan(Checkpoint.open(folder), device="cpu", weight_only=False)
+    assert plan.method is not None
+    layers, here = [(layer.scheme, layer.shape) for layer in plan.quantized if layer.scheme], torch.device("cpu")
+    rounded = any(scheme.activation for scheme, _ in layers)
+    compiled = (None, cpu.SOURCE.refusal)
+    in_c = [cpu.CpuKernel().refuses(*layer, here) in compiled for layer in layers]
+    with patch.dict(os.environ, TRITON_INTERPRET="1"):  # or the kernel would ask for a GPU
+        in_triton = [Wna16Kernel().refuses(*layer, here) is None for layer in layers]
+    found = []
+    for device, taken in (("cpu", in_c), ("cuda", in_triton), ("others", [False])):
+        state = EXECUTES if all(taken) else f"{EXECUTES} some layers" if any(taken) else DEQUANTIZES
+        found.append(f"{state}, inputs too" if rounded and plan.method.executes_inputs(device) else state)
+    return found
 
 
 def refusals() -> dict[str, list[str]]:
@@ -165,9 +176,7 @@ def table() -> str:
     rows = ["| format | variant | verified against | CPU | NVIDIA GPU | elsewhere |", "|---|---|---|---|---|---|"]
     for case in CASES:
         writer = f"{case.writer}, weights" if case.tolerance is None or case.logits else case.writer
-        inputs = ", inputs too" if case.inputs else ""
-        states = [f"{state}{inputs}" for state in (on_cpu(case.folder), EXECUTES, DEQUANTIZES)]
-        rows.append(f"| {case.family} | {case.variant} | {writer} | {' | '.join(states)} |")
+        rows.append(f"| {case.family} | {case.variant} | {writer} | {' | '.join(states(case.folder))} |")
     families = ", ".join(family.title for family in FAMILIES.values())
     models = ", ".join(MODELS)
     for name, variant in ((f"experts, each by itself ({models})", families), ("experts, stacked (gpt_oss)", "mxfp4")):

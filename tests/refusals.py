@@ -48,20 +48,33 @@ def stored_as(dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 REFUSALS = [
-    Refusal("AWQ", "other versions", {"quant_method": "awq", "bits": 4, "version": "exllama"}, "exllama"),
+    Refusal(
+        "AWQ", "other versions", {"quant_method": "awq", "bits": 4, "version": "exllama"},
+        "version 'exllama'.*only gemm, gemv, gemv_fast, llm-awq, marlin",
+    ),
     Refusal(
         "AWQ", "`*.act.scales`", {"quant_method": "awq", "bits": 4, "group_size": 32}, r"act\.scales.*ScaledActivation",
         {"a.act.scales": torch.ones(64)},
     ),
     *(
-        Refusal("GPTQ", name, GPTQ | {"format": name}, f"'{name}'")
-        for name in ("bitblas", "qqq", "exl3", "vptq", "paroquant")
+        Refusal("GPTQ", name, GPTQ | {entry: name}, f"format '{name}'.*{why}")
+        for name, entry, why in (
+            ("bitblas", "checkpoint_format", "permuted for one kernel library"),
+            ("qqq", "format", "8-bit activations"),
+            ("exl3", "format", "trellis"),
+            ("vptq", "format", "vector-quantized"),
+            ("paroquant", "format", "rotated"),
+        )
     ),
     Refusal("GPTQ", "rotation", GPTQ | {"rotation": "hadamard"}, "rotation is 'hadamard'.*without rotation"),
     Refusal("GPTQ", "adapters", GPTQ | {"adapter": {"name": "lora", "rank": 64}}, r"adapter is .*EoRA"),
     *(
         Refusal("FP8", name, FP8, rf"a\.weight is stored as {name}; only E4M3", stored_as(dtype))
-        for name, dtype in (("E5M2", torch.float8_e5m2), ("E4M3FNUZ", torch.float8_e4m3fnuz))
+        for name, dtype in (
+            ("E5M2", torch.float8_e5m2),
+            ("E4M3FNUZ", torch.float8_e4m3fnuz),
+            ("E5M2FNUZ", torch.float8_e5m2fnuz),
+        )
     ),
     Refusal(
         "FP8", "static inputs with blocks", FP8 | {"activation_scheme": "static", "weight_block_size": [128, 128]}, "static"
@@ -71,7 +84,10 @@ REFUSALS = [
         "'W4A16_AWQ'.*known: FP8",
     ),
     *(
-        Refusal("compressed-tensors", name, COMPRESSED | {"format": name}, f"'{name}'.*known")
+        Refusal(
+            "compressed-tensors", name, COMPRESSED | {"format": name},
+            rf"format '{name}' \(quantization_config: format\) .*known",
+        )
         for name in ("marlin-24", "mxfp6-pack-quantized")
     ),
     Refusal(

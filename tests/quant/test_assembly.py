@@ -58,6 +58,7 @@ def execute(assembly: str, words: tuple[int, int], outputs: int) -> list[int]:
             continue
         operation, arguments = line.split(None, 1)
         target, *operands = (each.strip() for each in arguments.split(","))
+        assert target not in (f"${place}" for place in range(outputs, outputs + 10)), "only outputs are its own"
         values[target] = OPERATIONS[operation](*(values[o] if o in values else int(o, 0) & ALL for o in operands))
     return [values[f"${plane}"] for plane in range(outputs)]
 

@@ -136,7 +136,6 @@ def test_the_name_confirms() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"act_bits": 8}, "act_bits 8.*quantizes activations"),
         ({"data_type": "mx_fp4"}, "data_type 'mx_fp4'.*only int"),
         ({"data_type": "nv_fp4_with_static_gs"}, "data_type 'nv_fp4_with_static_gs'"),
         ({"extra_config": {"x": {"data_type": "mx_fp", "bits": 4}}}, "extra_config 'x': data_type 'mx_fp'"),

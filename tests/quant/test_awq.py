@@ -93,7 +93,6 @@ def test_symmetric_without_zeros_means_eight() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"version": "exllama"}, "version 'exllama'.*only gemm, gemv, gemv_fast, llm-awq, marlin"),
         ({"bits": 3, "version": "gemv"}, "AWQ gemv with 3 bits.*only 4"),
         ({"bits": 1}, r"1 bits.*only 2 to 8"),
         ({"bits": "q4"}, "'q4' bits"),

@@ -191,16 +191,9 @@ def refusal(**entries: Any) -> tuple[dict[str, Any], str]:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        refusal(format="marlin-24", message=r"format 'marlin-24' \(quantization_config: format\)"),
-        refusal(format="mxfp6-pack-quantized", message="'mxfp6-pack-quantized'"),
-        refusal(sparsity_config={"format": "sparse-bitmask"}, message=r"'sparse-bitmask' .*sparsity_config"),
         refusal(weights={"num_bits": 6, "type": "float"}, message=r"type 'float' with 6 bits"),
         refusal(weights={"num_bits": 4, "strategy": "attn_head"}, message="strategy 'attn_head'"),
         refusal(config_groups={"W4A4_SECRET": ["Linear"]}, message="'W4A4_SECRET' is no preset"),
-        refusal(
-            transform_config={"config_groups": {"R1": {"type": "hadamard", "apply": [{"location": "input"}]}}},
-            message=r"transform_config: R1 \(hadamard\).*location: input",
-        ),
         refusal(
             inputs={"num_bits": 8, "strategy": "channel"}, message="input_activations of int8 with strategy 'channel'"
         ),

@@ -171,16 +171,6 @@ def test_configurations_that_cannot_be_read(config: dict[str, Any], error: type[
     assert FP8.from_checkpoint({"quant_method": "awq"}, {}) is None
 
 
-@pytest.mark.parametrize(
-    ("dtype", "name"),
-    [(torch.float8_e5m2, "E5M2"), (torch.float8_e4m3fnuz, "E4M3FNUZ"), (torch.float8_e5m2fnuz, "E5M2FNUZ")],
-)
-def test_other_floats_of_8_bits_are_refused_by_name(dtype: torch.dtype, name: str) -> None:
-    tensors = {"a.weight": torch.zeros(72, 200).to(dtype), "a.weight_scale": torch.tensor(1.0)}
-    with pytest.raises(UnsupportedCheckpoint, match=rf"a\.weight is stored as {name}; only E4M3"):
-        make(TENSOR, tensors).scheme_for("a", SHAPE)
-
-
 def test_contradictions_name_module_and_entry() -> None:
     one = torch.tensor(1.0)
     cases: list[tuple[dict[str, Any], dict[str, Tensor], str]] = [

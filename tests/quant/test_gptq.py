@@ -216,18 +216,11 @@ def test_a_list_of_modules_that_is_none(value: object) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"checkpoint_format": "bitblas"}, "format 'bitblas'.*permuted for one kernel library"),
-        ({"format": "qqq"}, "format 'qqq'.*8-bit activations"),
-        ({"format": "exl3"}, "format 'exl3'.*trellis"),
-        ({"format": "vptq"}, "format 'vptq'"),
-        ({"format": "paroquant"}, "format 'paroquant'.*rotated"),
         ({"format": "gptq_v3"}, "format 'gptq_v3'.*known formats are gptq, gptq_v2, gptq_p, marlin"),
         ({"bits": 9}, "9 bits"),
         ({"bits": True}, "True bits"),
         ({"dynamic": {"x": {"bits": 1}}}, r"1 bits \(quantization_config: dynamic 'x': bits\)"),
         ({"pack_dtype": "int4"}, "pack_dtype 'int4'.*only int8, int16, int32, int64"),
-        ({"adapter": {"name": "lora", "rank": 64}}, r"adapter is .*EoRA"),
-        ({"rotation": "hadamard"}, "rotation is 'hadamard'.*without rotation"),
         ({"format": "marlin", "bits": 8}, "format 'marlin' with 8 bits"),
         ({"format": "marlin", "sym": False}, "'marlin' with .*asymmetric"),
     ],
