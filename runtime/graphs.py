@@ -109,8 +109,8 @@ def _waiting_is_an_error() -> Iterator[None]:
 def choose_capture(
     config: EngineConfig, device: torch.device, backend: AttentionBackend, recurrent: bool, scaled_together: bool
 ) -> Capture | str:
-    """What captures the decoding steps of a model, or why nothing does. ``scaled_together``: :attr:`LoadPlan.scaled_together`
-    has layers."""
+    """What captures the decoding steps of a model, or why nothing does. ``scaled_together``: inputs of some layers
+    have one scale for all tokens of a step."""
     if device.type not in ("cuda", "cpu"):
         return f"they need a CUDA device or a CPU, not {device.type}"
     if config.disable_cuda_graph:

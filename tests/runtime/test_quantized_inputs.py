@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from quant.linear import QuantLinear
-from runtime import LLM, LoadError, inspect, load_model
+from runtime import LLM, LoadError, assembly, inspect, load_model
 from runtime.cli import build_parser
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
@@ -54,6 +54,29 @@ def test_the_report_says_what_happens_to_inputs() -> None:
     assert {(module["inputs"], module["inputs_dropped"]) for module in modules if module["bits"] == 8} == {
         (None, "int8 per token")
     }
+
+
+def test_no_graph_with_rows_left_over_where_all_tokens_share_a_scale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def choose(*arguments: Any) -> str:
+        asked.append(arguments[-1])
+        return "not here"
+
+    monkeypatch.setattr(assembly, "choose_capture", choose)
+    shared = tmp_path / "shared"
+    shutil.copytree(INT8, shared)
+    config = json.loads((shared / "config.json").read_text())
+    (group,) = config["quantization_config"]["config_groups"].values()
+    group["input_activations"]["strategy"] = "tensor"
+    (shared / "config.json").write_text(json.dumps(config))
+    options: dict[str, Any] = {"skip_tokenizer_init": True, "max_total_tokens": 64, "startup_check": False}
+    reports = [LLM(str(shared), **options).report, LLM(str(shared), weight_only=True, **options).report]
+    LLM(str(INT8), **options)
+    assert asked == [True, False, False]
+    assert ["one scale for all tokens" in report for report in reports] == [True, False]
 
 
 def test_fp8_does_on_a_cpu_what_transformers_does_there_unless_told_otherwise() -> None:
