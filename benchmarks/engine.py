@@ -40,7 +40,7 @@ from torch.nn import functional as F
 from benchmarks import random_llama
 from benchmarks.answers import ROUNDED_TIE, TIE, largest_gap, plain_model
 from benchmarks.engine_peers import PEERS
-from benchmarks.pythons import add_argument, has, python_of
+from benchmarks.pythons import add_python_argument, has_package, python_of
 from benchmarks.serve_models import random_prompts
 from benchmarks.timing import measure, print_json, reader
 from runtime.checkpoint import locate
@@ -160,7 +160,7 @@ def available(peers: Sequence[str], pythons: list[str]) -> list[str]:
     found = []
     for name in peers:
         peer = PEERS[name]
-        if has(python_of(peer.package, pythons), peer.package):
+        if has_package(python_of(peer.package, pythons), peer.package):
             found.append(name)
         else:
             print(f"{name} is left out, {peer.package} is not installed: {peer.install}", file=sys.stderr)
@@ -268,7 +268,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=("demo", *random_llama.SHAPES), default=["demo", "135m", "1b"])
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), metavar="NAME", help=", ".join(PEERS))
-    add_argument(parser)
+    add_python_argument(parser)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     peers = available(arguments.peers, arguments.python)

@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from benchmarks import random_llama
-from benchmarks.pythons import add_argument, has, python_of
+from benchmarks.pythons import add_python_argument, has_package, python_of
 from benchmarks.timing import print_json
 from runtime.peak import measure_peak, peak_rss
 
@@ -110,7 +110,7 @@ def run_case(name: str, path: Path, rounds: int, python: str) -> dict[str, Any]:
     ours, peer, package = CASES[name]
     loaders = {"relinear": (ours.__name__, sys.executable)}
     result: dict[str, Any] = {}
-    if has(python, package):
+    if has_package(python, package):
         loaders["transformers"] = (peer.__name__, python)
     else:
         print(f"{name}: Transformers needs {package} for it, which is not installed: pip install {package}")
@@ -144,7 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=random_llama.SHAPES, default="1b")
     parser.add_argument("--rounds", type=int, default=3)
-    add_argument(parser)
+    add_python_argument(parser)
     parser.add_argument("--child", nargs=2, metavar=("LOADER", "PATH"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:

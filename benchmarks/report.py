@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pythons import add_argument
+from benchmarks.pythons import add_python_argument
 from runtime.evaluation.chart import Axis, Panel, figure
 
 ROOT = Path(__file__).parents[1]
@@ -170,7 +170,7 @@ def draw() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", choices=[[], *ARGUMENTS], metavar="NAME", help="default: all")
-    add_argument(parser)
+    add_python_argument(parser)
     parser.add_argument("--draw", action="store_true", help="measure nothing, draw what is kept")
     arguments = parser.parse_args()
     wanted = [] if arguments.draw else arguments.names or list(ARGUMENTS)
