@@ -52,12 +52,10 @@ class Conversation(Body):
     def rendering(self) -> dict[str, Any]:
         """The messages and everything else that :func:`runtime.server.template.render` takes from a request. Raises
         :class:`InvalidRequest`."""
-        continued = bool(self.continue_final_message)
+        continued, begins = bool(self.continue_final_message), self.add_generation_prompt
         return {
             "messages": [message.plain() for message in self.messages],
-            "add_generation_prompt": not continued
-            if self.add_generation_prompt is None
-            else self.add_generation_prompt,
+            "add_generation_prompt": not continued if begins is None else begins,
             "continue_final_message": continued,
             "tools": self.tool_use.tools,
             "reasoning_effort": self.reasoning_effort,

@@ -196,10 +196,12 @@ class TokenizeRequest(Conversation):
             raise InvalidRequest(f"one of prompt, text and messages is needed, not {' and '.join(given) or 'none'}.")
         if self.messages and self.add_special_tokens:
             raise InvalidRequest("add_special_tokens cannot be served with messages: the chat template writes them.")
+        if self.messages:
+            return None
         for name in Conversation.model_fields:
-            if not self.messages and getattr(self, name):
+            if getattr(self, name):
                 raise InvalidRequest(f"{name} needs messages.")
-        return None if self.messages else getattr(self, given[0])
+        return self.prompt if self.text is None else self.text
 
 
 class DetokenizeRequest(Body):
